@@ -1,0 +1,327 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// Limits of the kernel.
+const (
+	maxNameLen    = 15      // IFNAMSIZ less the NUL
+	maxQueues     = 256     // MAX_TAP_QUEUES
+	maxTxQueueLen = 1 << 19 // one pointer a packet in 4 MiB, the most that the kernel allocates for a ring
+	maxReadBuffer = 1 << 30 // the kernel doubles it into an int
+	maxID         = math.MaxUint32 - 1
+	maxMetric     = math.MaxInt32
+)
+
+// Validate returns every *ConfigError in c, joined; it makes no system call.
+func (c Config) Validate() error {
+	v := &validator{}
+	v.name(&c)
+	v.number("MTU", c.MTU, minMTU, maxMTU, "bytes, or 0 for 1300")
+	v.number("TxQueueLen", c.TxQueueLen, 1, maxTxQueueLen, "packets, or 0 for 500")
+	v.number("Queues", c.Queues, 1, maxQueues, "queues, or 0 for 1")
+	v.number("Owner", c.Owner, 1, maxID, "a uid, or 0 for the effective one")
+	v.number("Group", c.Group, 1, maxID, "a gid, or 0 for none")
+	v.protocol(c.Protocol)
+	if c.NoOffload&^(OffloadTCP|OffloadUDP) != 0 {
+		v.refuse("NoOffload", uint8(c.NoOffload), "unknown offload")
+	}
+	if strings.ContainsRune(c.NetNS, 0) {
+		v.refuse("NetNS", c.NetNS, "a path has no NUL")
+	}
+	v.mode(&c)
+	v.networks(c.Networks)
+	v.routes(&c)
+	v.ipv6MTU(&c)
+	v.systemRoutes(c.SystemRoutes)
+	return errors.Join(v.errs...)
+}
+
+// validator collects what is wrong.
+type validator struct{ errs []error }
+
+func (v *validator) refuse(field string, value any, format string, args ...any) {
+	v.errs = append(v.errs, &ConfigError{Field: field, Value: value, Err: fmt.Errorf(format, args...)})
+}
+
+// number takes 0 and lowest…highest.
+func (v *validator) number(field string, value int, lowest, highest int64, unit string) {
+	if value != 0 && (int64(value) < lowest || int64(value) > highest) {
+		v.refuse(field, value, "want %d…%d %s", lowest, highest, unit)
+	}
+}
+
+func (v *validator) name(c *Config) {
+	if reason := badName(c.Name); reason != "" {
+		v.refuse("Name", c.Name, "%s", reason)
+	}
+}
+
+// badName says why the kernel refuses a name for a new interface: dev_valid_name and __dev_alloc_name in net/core/dev.c,
+// sysctl_dev_name_is_allowed in net/ipv4/devinet.c. Empty is fine: the kernel chooses.
+func badName(name string) string {
+	before, after, pattern := strings.Cut(name, "%")
+	switch {
+	case len(name) > maxNameLen:
+		return "longer than 15 bytes"
+	case name == "." || name == "..":
+		return "a directory"
+	case name == "all" || name == "default":
+		return "stands for every interface in the kernel's settings"
+	case strings.ContainsAny(name, "/:\x00"):
+		return "has a slash, a colon or a NUL"
+	case pattern && (!strings.HasPrefix(after, "d") || strings.Contains(after, "%")):
+		return "may hold one %d and no other percent sign"
+	case pattern && len(before)+len(after) > maxNameLen:
+		return "leaves no room for the number of %d"
+	}
+	for _, b := range []byte(name) {
+		if b == ' ' || b >= '\t' && b <= '\r' || b == 0xa0 { // isspace in the kernel's Latin-1
+			return "has white space"
+		}
+	}
+	return ""
+}
+
+func (v *validator) mode(c *Config) {
+	if c.Mode > AttachOrCreate {
+		v.refuse("Mode", uint8(c.Mode), "unknown mode")
+		return
+	}
+	if c.Mode != Create && (c.Name == "" || strings.Contains(c.Name, "%")) {
+		v.refuse("Name", c.Name, "attaching needs the name of a device")
+	}
+	if c.Mode != Attach {
+		return
+	}
+	if c.Owner != 0 {
+		v.refuse("Owner", c.Owner, "an attached device keeps its owner")
+	}
+	if c.Group != 0 {
+		v.refuse("Group", c.Group, "an attached device keeps its group")
+	}
+}
+
+// protocol refuses the numbers by which the kernel and ip(8) mark their own objects: what is ours must be told from theirs.
+func (v *validator) protocol(p int) {
+	const static, routerAdvertisement = 4, 9
+	switch {
+	case p < 0 || p > math.MaxUint8:
+		v.refuse("Protocol", p, "want 5…255, or 0 for %d", DefaultProtocol)
+	case p != 0 && p <= static || p == routerAdvertisement:
+		v.refuse("Protocol", p, "the kernel and ip(8) mark their own routes and addresses so")
+	}
+}
+
+func (v *validator) networks(networks []netip.Prefix) {
+	seen := make(map[netip.Addr]int, len(networks))
+	for i, network := range networks {
+		field := fmt.Sprintf("Networks[%d]", i)
+		addr := network.Addr()
+		switch {
+		case !network.IsValid():
+			v.refuse(field, network, "not a prefix")
+			continue
+		case addr.Is4In6():
+			v.refuse(field, network, "IPv4-mapped: write it as IPv4")
+		case network.Bits() == 0:
+			v.refuse(field, network, "no network spans all addresses: use a Route")
+		case addr.IsUnspecified(), addr.IsLoopback(), addr.IsMulticast(), addr == netip.AddrFrom4([4]byte{255, 255, 255, 255}):
+			v.refuse(field, network, "not the address of a host")
+		}
+		if first, ok := seen[addr]; ok {
+			v.refuse(field, network, "the address of Networks[%d] again", first)
+			continue
+		}
+		seen[addr] = i
+	}
+}
+
+func (v *validator) routes(c *Config) {
+	seen := make(map[kernel.RouteKey]int, len(c.Routes))
+	type preference struct {
+		prefix netip.Prefix
+		metric uint32
+	}
+	first := make(map[preference]int, len(c.Routes))
+	for i := range c.Routes {
+		r := &c.Routes[i]
+		field := fmt.Sprintf("Routes[%d]", i)
+		if !v.route(c, r, field) {
+			continue
+		}
+		if j, ok := seen[r.key()]; ok {
+			v.refuse(field, r.Prefix, "prefix, table and metric of Routes[%d] again", j)
+			continue
+		}
+		seen[r.key()] = i
+		p := preference{r.Prefix, r.metric()}
+		if j, ok := first[p]; !ok {
+			first[p] = i
+		} else if !slices.Equal(r.Via, c.Routes[j].Via) {
+			v.refuse(field+".Via", r.Via, "differs from Routes[%d], which has the same prefix and metric in another table", j)
+		}
+	}
+}
+
+// route checks one route by itself; false if its key means nothing.
+func (v *validator) route(c *Config, r *Route, field string) bool {
+	ok := v.routePrefix(r, field)
+	if r.Metric < 0 || r.Metric > maxMetric {
+		v.refuse(field+".Metric", r.Metric, "want 0…%d", maxMetric)
+		ok = false
+	}
+	switch {
+	case r.Table < 0 || int64(r.Table) > math.MaxInt32:
+		v.refuse(field+".Table", r.Table, "want 1…%d, or 0 for main", math.MaxInt32)
+		ok = false
+	case r.Table == kernel.TableLocal:
+		v.refuse(field+".Table", r.Table, "the local table is the kernel's")
+	case ok && r.Prefix.Bits() == 0 && r.Table == 0 && r.Metric == 0 && !r.NoInstall:
+		v.refuse(field+".Table", r.Table, "a default route in the main table at metric 0 takes over the host: say Table 254, or another table or metric")
+	}
+	v.number(field+".MTU", r.MTU, minMTU, maxMTU, "bytes, or 0 for Config.MTU")
+	v.gateways(c, r, field)
+	return ok
+}
+
+func (v *validator) routePrefix(r *Route, field string) bool {
+	switch {
+	case !r.Prefix.IsValid():
+		v.refuse(field+".Prefix", r.Prefix, "not a prefix")
+	case r.Prefix.Addr().Is4In6():
+		v.refuse(field+".Prefix", r.Prefix, "IPv4-mapped: write it as IPv4")
+	case r.Prefix != r.Prefix.Masked():
+		v.refuse(field+".Prefix", r.Prefix, "has host bits: did you mean %v?", r.Prefix.Masked())
+	default:
+		return true
+	}
+	return false
+}
+
+func (v *validator) gateways(c *Config, r *Route, field string) {
+	isNetwork := func(n netip.Prefix) bool { return n.IsValid() && connectedKey(n) == r.key() }
+	if len(r.Via) > 0 && slices.ContainsFunc(c.Networks, isNetwork) {
+		v.refuse(field+".Via", r.Via, "the network itself is on-link: it has no gateway")
+	}
+	seen := make(map[netip.Addr]int, len(r.Via))
+	for i, gateway := range r.Via {
+		path := fmt.Sprintf("%s.Via[%d]", field, i)
+		if gateway.Weight < 0 || gateway.Weight > math.MaxInt32 {
+			v.refuse(path+".Weight", gateway.Weight, "want 1…%d, or 0 for 1", math.MaxInt32)
+		}
+		inside, own := false, false
+		for _, network := range c.Networks {
+			inside = inside || network.IsValid() && network.Contains(gateway.Addr)
+			own = own || network.Addr() == gateway.Addr
+		}
+		switch {
+		case !gateway.Addr.IsValid():
+			v.refuse(path+".Addr", gateway.Addr, "not an address")
+		case !inside:
+			v.refuse(path+".Addr", gateway.Addr, "outside Networks")
+		case own:
+			v.refuse(path+".Addr", gateway.Addr, "our own address")
+		}
+		if j, ok := seen[gateway.Addr]; ok {
+			v.refuse(path+".Addr", gateway.Addr, "the gateway Via[%d] again", j)
+		}
+		seen[gateway.Addr] = i
+	}
+}
+
+// ipv6MTU refuses what the kernel would answer by taking IPv6 off the device (kernel.md U15).
+func (v *validator) ipv6MTU(c *Config) {
+	for i, network := range c.Networks {
+		if network.IsValid() && network.Addr().Is6() && c.mtuOf() < minIPv6MTU {
+			v.refuse("MTU", c.MTU, "Networks[%d] is IPv6, which needs %d bytes", i, minIPv6MTU)
+			return
+		}
+	}
+	for i := range c.Routes {
+		r := &c.Routes[i]
+		if r.Prefix.IsValid() && r.Prefix.Addr().Is6() && !r.NoInstall && c.routeMTU(r) < minIPv6MTU {
+			v.refuse(fmt.Sprintf("Routes[%d].MTU", i), r.MTU, "IPv6 needs %d bytes, this route has %d", minIPv6MTU, c.routeMTU(r))
+		}
+	}
+}
+
+func (v *validator) systemRoutes(s *SystemRoutes) {
+	if s == nil {
+		return
+	}
+	for i, table := range s.Tables {
+		field := fmt.Sprintf("SystemRoutes.Tables[%d]", i)
+		switch {
+		case table < 1 || int64(table) > math.MaxInt32:
+			v.refuse(field, table, "want 1…%d", math.MaxInt32)
+		case slices.Index(s.Tables, table) < i:
+			v.refuse(field, table, "twice")
+		}
+	}
+	v.number("SystemRoutes.ReadBuffer", s.ReadBuffer, 1, maxReadBuffer, "bytes, or 0 for 4 MiB")
+	v.number("SystemRoutes.Max", s.Max, 1, math.MaxInt32, "routes, or 0 for 4,000,000")
+}
+
+// protocol is what marks our routes and addresses.
+func (c *Config) protocol() uint8 {
+	if c.Protocol == 0 {
+		return DefaultProtocol
+	}
+	return uint8(c.Protocol)
+}
+
+// queues is the number of queues of a new device.
+func (c *Config) queues() int { return max(c.Queues, 1) }
+
+// clone copies c with all that it points to: Config is plain data of whoever takes it.
+func (c Config) clone() Config {
+	c.Networks = slices.Clone(c.Networks)
+	c.Routes = slices.Clone(c.Routes)
+	for i := range c.Routes {
+		c.Routes[i].Via = slices.Clone(c.Routes[i].Via)
+	}
+	if c.SystemRoutes != nil {
+		s := *c.SystemRoutes
+		s.Tables = slices.Clone(s.Tables)
+		c.SystemRoutes = &s
+	}
+	return c
+}
+
+// fixedChanges names the fields that differ and may not.
+func fixedChanges(old, wanted *Config) []string {
+	var names []string
+	differ := func(name string, differs bool) {
+		if differs {
+			names = append(names, name)
+		}
+	}
+	differ("Name", old.Name != wanted.Name)
+	differ("Queues", old.queues() != wanted.queues())
+	differ("Mode", old.Mode != wanted.Mode)
+	differ("NetNS", old.NetNS != wanted.NetNS)
+	differ("Owner", old.Owner != wanted.Owner)
+	differ("Group", old.Group != wanted.Group)
+	differ("Persist", old.Persist != wanted.Persist)
+	differ("Disabled", old.Disabled != wanted.Disabled)
+	differ("Protocol", old.protocol() != wanted.protocol())
+	return names
+}
+
+// restart refuses a change of the fixed fields, all named.
+func restart(old, next *Config) error {
+	names := fixedChanges(old, next)
+	if len(names) == 0 {
+		return nil
+	}
+	return fmt.Errorf("overlay: reload: %s: %w", strings.Join(names, ", "), ErrRestart)
+}

@@ -1,0 +1,171 @@
+package overlay
+
+import (
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"github.com/sirupsen/logrus"
+)
+
+// core is what every kind of device has: the route tree, events, counters, a log.
+type core struct {
+	pool   gatewayPool
+	table  atomic.Pointer[snapshot] // the one writer holds the device's lock, readers load it
+	events eventQueue
+	log    logrus.FieldLogger // nil: silent
+	counts struct{ overruns, resyncs, restores, restoreFails, offloadFails atomic.Uint64 }
+}
+
+func (c *core) sealed() {}
+
+// publish puts the routes of a valid Config into the tree.
+func (c *core) publish(cfg *Config) { c.table.Store(newSnapshot(cfg, &c.pool)) }
+
+// NextHop implements Device.
+func (c *core) NextHop(packet []byte, alive func(netip.Addr) bool) (netip.Addr, bool) {
+	dst, ok := packetDst(packet)
+	if !ok {
+		return netip.Addr{}, false
+	}
+	gateways, ok := c.table.Load().lookup(dst)
+	switch {
+	case !ok:
+		return netip.Addr{}, false
+	case gateways.Len() == 0:
+		return dst, true
+	}
+	return gateways.Select(FlowHash(packet), alive)
+}
+
+// RoutesFor implements Device.
+func (c *core) RoutesFor(dst netip.Addr) (Gateways, bool) {
+	return c.table.Load().lookup(dst.Unmap())
+}
+
+// Events implements Device.
+func (c *core) Events() <-chan Event { return c.events.channel() }
+
+// notify sends an event and tells the log of it.
+func (c *core) notify(e Event) {
+	if c.log != nil {
+		c.log.WithFields(logrus.Fields{"event": e.Kind.String(), "n": e.N, "cause": e.Err}).Info("overlay")
+	}
+	c.events.send(e)
+}
+
+// eventBacklog is how many events wait for a slow reader.
+const eventBacklog = 64
+
+// eventQueue is a channel that never blocks its senders: full, it drops the oldest. The zero value works.
+type eventQueue struct {
+	mu     sync.Mutex
+	ch     chan Event
+	closed bool
+	missed atomic.Uint64
+}
+
+func (q *eventQueue) channel() chan Event {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.open()
+}
+
+// open makes the channel on first use; the caller holds mu.
+func (q *eventQueue) open() chan Event {
+	if q.ch == nil {
+		q.ch = make(chan Event, eventBacklog)
+	}
+	return q.ch
+}
+
+func (q *eventQueue) send(e Event) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return
+	}
+	ch := q.open()
+	for {
+		select {
+		case ch <- e:
+			return
+		default:
+		}
+		select {
+		case <-ch:
+			q.missed.Add(1)
+		default: // a reader was quicker
+		}
+	}
+}
+
+func (q *eventQueue) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.closed {
+		q.closed = true
+		close(q.open())
+	}
+}
+
+// traffic counts the packets of one queue; a queue of its own so that readers of different queues share no cache line.
+type traffic struct {
+	readPackets, readBytes, readSuper, readInvalid, readDropped                  atomic.Uint64
+	writePackets, writeBytes, writeSuper, writeRefused, writeFiltered, writeDown atomic.Uint64
+	_                                                                            [64]byte
+}
+
+// read counts a packet or superpacket from the kernel; packets count after splitting.
+func (t *traffic) read(p Packet) { count(p, &t.readPackets, &t.readBytes, &t.readSuper) }
+
+// wrote counts one that the kernel took.
+func (t *traffic) wrote(p Packet) { count(p, &t.writePackets, &t.writeBytes, &t.writeSuper) }
+
+func count(p Packet, packets, size, super *atomic.Uint64) {
+	n := 1
+	if p.SegmentSize != 0 {
+		n = p.Segments()
+		super.Add(1)
+	}
+	packets.Add(uint64(n))
+	size.Add(uint64(len(p.Data)))
+}
+
+// failed counts a packet that was not taken.
+func (t *traffic) failed(err error) {
+	switch {
+	case errors.Is(err, ErrDown):
+		t.writeDown.Add(1)
+	default:
+		t.writeRefused.Add(1)
+	}
+}
+
+func (t *traffic) addTo(s *Stats) {
+	s.ReadPackets += t.readPackets.Load()
+	s.ReadBytes += t.readBytes.Load()
+	s.ReadSuper += t.readSuper.Load()
+	s.ReadInvalid += t.readInvalid.Load()
+	s.ReadDropped += t.readDropped.Load()
+	s.WritePackets += t.writePackets.Load()
+	s.WriteBytes += t.writeBytes.Load()
+	s.WriteSuper += t.writeSuper.Load()
+	s.WriteRefused += t.writeRefused.Load()
+	s.WriteFiltered += t.writeFiltered.Load()
+	s.WriteDown += t.writeDown.Load()
+}
+
+// stats adds the device's own counters to its queues'.
+func (c *core) stats(queues ...*traffic) Stats {
+	s := Stats{
+		Overruns: c.counts.overruns.Load(), Resyncs: c.counts.resyncs.Load(),
+		Restores: c.counts.restores.Load(), RestoreFails: c.counts.restoreFails.Load(),
+		OffloadFails: c.counts.offloadFails.Load(), EventsMissed: c.events.missed.Load(),
+	}
+	for _, t := range queues {
+		t.addTo(&s)
+	}
+	return s
+}

@@ -1,0 +1,100 @@
+// Package overlay is the TUN layer of a VPN daemon or mesh agent on Linux. It gives an overlay host one device that opens
+// (or adopts) a TUN device, gives it the host's overlay addresses and routes, moves packets between kernel and program, and
+// answers per packet, without a lock, which overlay host the packet goes to. It holds no crypto, no peer protocol, no DNS
+// and no firewall: those are the program's that embeds it.
+//
+//	dev, err := overlay.New(overlay.Config{
+//		Networks: []netip.Prefix{netip.MustParsePrefix("10.42.0.1/24")},
+//		Routes: []overlay.Route{{
+//			Prefix: netip.MustParsePrefix("192.168.7.0/24"),
+//			Via:    []overlay.Gateway{{Addr: netip.MustParseAddr("10.42.0.2")}},
+//		}},
+//	})
+//	if err != nil { … }
+//	defer dev.Close()
+//	if err := dev.Activate(); err != nil { … }
+//	queue := dev.Queues()[0]
+//	for {
+//		packets, err := queue.ReadBatch()
+//		if err != nil { … }
+//		for _, p := range packets {
+//			host, ok := dev.NextHop(p.Data, nil)
+//			… seal a copy of p and send it to host …
+//		}
+//	}
+//
+// # Life
+//
+// New opens the device, down. Activate sets it up, Reload changes it, Close ends it. While the link is down reads wait and
+// go on when it is up again, and writes fail with ErrDown. When the device is deleted both fail with ErrGone; after one's
+// own Close, always with os.ErrClosed. Close undoes nothing: what outlives it (Config.Persist, a File that somebody kept)
+// stays configured. One forgotten File keeps the device alive.
+//
+// A device that was moved to another network namespace is gone for Activate and Reload, which never reach for a device by
+// its name; its queues go on.
+//
+// # Packets
+//
+// What ReadBatch returned is the caller's until the next read of that queue. WriteBatch neither changes nor keeps what it
+// is given. Plain packets pass as they are, wrong checksums too; those of a superpacket are unfinished, so split it with
+// AppendSegment or hand it to WriteBatch, which finishes them. 65,535 bytes are always enough for Read; the MTU is not.
+// Write a flow to the queue that shall receive its replies. A method value passed as alive, or a slice literal passed to
+// WriteBatch, costs one allocation a call: hoist it.
+//
+// Source addresses are not checked: whether a peer may use the one it sends with is the program's to know.
+//
+// # Config
+//
+// A Config is the complete state: on Reload a field that is left out returns to its default. Host bits are kept in Networks
+// and refused in Routes. A Route for the very prefix of a network sets the MTU of that network. One prefix and metric in
+// two tables must agree on Via. Owner 0 is the effective uid.
+//
+// # What it does to the host
+//
+// To its device: MTU, queue length, link up; addresses without a prefix route of the kernel's and without duplicate address
+// detection; one route for each network and Route, with MTU and advertised MSS. All carry Config.Protocol, and what does
+// not is left alone; two exceptions: the kernel's own prefix route for one of Networks gives way where its MTU would be
+// wrong, and the kernel's fe80:: address goes unless Config.LinkLocal.
+//
+// Redirects, source routes and router advertisements are switched off on the device. Where the host overrides that (IPv4
+// redirects are OR-ed with conf/all) Write and WriteBatch drop them. What could not be switched off, as in a container with
+// a read-only /proc/sys, is an EventDegraded. The device of more than one queue is only kept if no other process got hold of
+// a queue before it had an owner. Nothing host-wide is written, but for the node /dev/net/tun where it is missing.
+//
+// # Privileges
+//
+// New, Activate and Reload need CAP_NET_ADMIN in the namespace, entering another namespace CAP_SYS_ADMIN, making a missing
+// node CAP_MKNOD. Attach needs none for the device's owner, and Activate needs none where all holds already. After dropping
+// CAP_NET_ADMIN netlink writes fail with EPERM, also on sockets opened before; reads, writes, State, Events and closing a
+// queue go on, and an equal Reload still succeeds, because it writes nothing.
+//
+// # The house
+//
+//	your daemon:  Config ──► New ──► Activate ──► ReadBatch / NextHop / WriteBatch ──► Reload ──► Close
+//
+//	tun.go, errors.go        the contract. Portable. One short read.
+//	─────────────────────────────────────────────────────────────────────────────────────────────
+//	pure rooms               config.go      what is refused, and what may change at run time
+//	(no descriptor, clock,   routes.go      Route, and what a Config asks of the kernel
+//	netlink or logger)       plan.go        plan(have, want): ordered steps, each with its way back
+//	                         mtu.go         device MTU, route MTU, MSS
+//	                         routetree.go   immutable bart snapshot behind an atomic pointer
+//	                         gateways.go    Gateways and their selection; flowhash.go, by flow
+//	                         packet.go      superpackets; filter.go, what the overlay may not say
+//	                         state.go       names and the dump
+//	                         pipe.go        the device in memory
+//	                         internal/kernel, internal/virtio
+//	─────────────────────────────────────────────────────────────────────────────────────────────
+//	every device             device.go      tree, events and counters that all kinds share
+//	─────────────────────────────────────────────────────────────────────────────────────────────
+//	acting rooms             tun_linux.go       lifecycle; the only owner of descriptors and goroutines
+//	(thin: decide nothing    open_linux.go      the node; attach_linux.go, create and attach; adopt_linux.go
+//	that a pure room could)  activate_linux.go  carries a plan out, or takes it back
+//	                         queue_linux.go     reads and writes on one kernel queue
+//	                         ioctl_linux.go     every ioctl, typed, through unix.Ifreq
+//	                         netlink_watch.go   what the kernel announces
+//	                         internal/rtnl      one rtnetlink connection; internal/netns, other namespaces
+//
+// Imports point down or sideways into pure rooms, never up; `make check` holds that. Ids in comments such as "kernel.md V7"
+// name rows of the project's list of kernel facts.
+package overlay

@@ -1,0 +1,119 @@
+package overlay
+
+import (
+	"net/netip"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// Route is a prefix that is reached through the device.
+type Route struct {
+	Prefix    netip.Prefix // without host bits
+	Via       []Gateway    // overlay hosts inside Networks; nil: on-link, for any prefix
+	MTU       int          // bytes; 0: Config.MTU
+	Metric    int          // 0: the kernel's default: 0 for IPv4, 1024 for IPv6
+	Table     int          // 0: main. A /0 in main at metric 0 needs it said: Table 254
+	NoInstall bool         // steer only, leave the kernel's table alone
+}
+
+// metric is what the kernel makes of Metric: for IPv6 it replaces 0 (kernel.md V21).
+func (r *Route) metric() uint32 {
+	if r.Metric == 0 && r.Prefix.Addr().Is6() {
+		return defaultMetricIPv6
+	}
+	return uint32(r.Metric)
+}
+
+func (r *Route) table() uint32 {
+	if r.Table == 0 {
+		return kernel.TableMain
+	}
+	return uint32(r.Table)
+}
+
+func (r *Route) key() kernel.RouteKey {
+	return kernel.RouteKey{Prefix: r.Prefix, Table: r.table(), Metric: r.metric()}
+}
+
+// Metrics that the kernel gives to what names none.
+const (
+	defaultMetricIPv6   = 1024
+	connectedMetricIPv6 = 256
+)
+
+// connectedKey names the route to a network of ours. Its metric is the one the kernel gives its own prefix routes.
+func connectedKey(network netip.Prefix) kernel.RouteKey {
+	key := kernel.RouteKey{Prefix: network.Masked(), Table: kernel.TableMain}
+	if network.Addr().Is6() {
+		key.Metric = connectedMetricIPv6
+	}
+	return key
+}
+
+// desired is all that the kernel shall hold for a Config.
+type desired struct {
+	mtu, txQueueLen int
+	linkLocal       bool
+	takeAddresses   bool
+	protocol        uint8
+	ipv6            bool // something of it needs IPv6
+	addresses       []kernel.Addr
+	routes          []kernel.Route // networks, then Config.Routes that are installed
+}
+
+// desire works out what a valid Config asks of the kernel.
+func desire(c *Config, link int) desired {
+	d := desired{
+		mtu: c.deviceMTU(), txQueueLen: c.TxQueueLen, linkLocal: c.LinkLocal,
+		takeAddresses: c.TakeAddresses, protocol: c.protocol(),
+	}
+	if d.txQueueLen == 0 {
+		d.txQueueLen = defaultTxQueueLen
+	}
+	own := make(map[kernel.RouteKey]bool, len(c.Routes))
+	for i := range c.Routes {
+		own[c.Routes[i].key()] = true
+	}
+	for _, network := range c.Networks {
+		d.ipv6 = d.ipv6 || network.Addr().Is6()
+		d.addresses = append(d.addresses, kernel.Addr{Prefix: network, Protocol: d.protocol, NoPrefixRoute: true})
+		key := connectedKey(network)
+		// A single host needs no route: the kernel's local table has it. A Route for the network itself says its MTU, and
+		// of two addresses in one network the first names the source.
+		if network.IsSingleIP() || own[key] {
+			continue
+		}
+		own[key] = true
+		d.routes = append(d.routes, d.route(c, key, link, c.mtuOf()))
+	}
+	for i := range c.Routes {
+		r := &c.Routes[i]
+		if r.NoInstall {
+			continue
+		}
+		d.ipv6 = d.ipv6 || r.Prefix.Addr().Is6()
+		d.routes = append(d.routes, d.route(c, r.key(), link, c.routeMTU(r)))
+	}
+	return d
+}
+
+// route is the kernel's form of a route of ours. Gateways are no part of it: on a TUN the kernel hands every packet to the
+// program, which picks the gateway.
+func (d *desired) route(c *Config, key kernel.RouteKey, link, mtu int) kernel.Route {
+	return kernel.Route{
+		RouteKey: key, Protocol: d.protocol, Link: link, Plain: true,
+		Source: sourceFor(c, key), MTU: uint32(mtu), MSS: uint32(segmentSize(key.Prefix, mtu)),
+	}
+}
+
+// sourceFor is the preferred source of the connected route: the first of our addresses in that network. IPv6 routes carry
+// none: source address selection prefers the device's address, and the kernel drops a preferred source silently when its
+// address goes for a moment.
+func sourceFor(c *Config, key kernel.RouteKey) netip.Addr {
+	for _, network := range c.Networks {
+		if network.Addr().Is4() && connectedKey(network) == key {
+			return network.Addr()
+		}
+	}
+	return netip.Addr{}
+}

@@ -1,0 +1,265 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"example.com/overlay/internal/kernel"
+	"example.com/overlay/internal/netns"
+	"example.com/overlay/internal/rtnl"
+	"golang.org/x/sys/unix"
+)
+
+// New opens the device that cfg describes; it is down until Activate. Elsewhere than on Linux: errors.ErrUnsupported.
+//
+// It may add one thing to the host: the node /dev/net/tun where it is missing. On error nothing else is left behind.
+// Errors: *ConfigError, joined, before any system call; *OpError, which may be ErrBusy, os.ErrPermission or os.ErrNotExist.
+func New(cfg Config) (Device, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Disabled {
+		return newIdle(cfg), nil
+	}
+	return newTun(cfg, (*opener).open)
+}
+
+// Adopt takes over an open device by its descriptors, one a queue (systemd, a helper, an older self). On error they stay the
+// caller's. A descriptor taken from an *os.File must be a duplicate: the File would close it behind our back.
+//
+// Owner, group and persistence stay as they are. Without CAP_NET_ADMIN the kernel does not tell which namespace the device
+// is in: then names and flags alone are compared, and State says so.
+func Adopt(cfg Config, fds ...int) (Device, error) {
+	if err := errors.Join(cfg.Validate(), adoptable(&cfg, fds)); err != nil {
+		return nil, err
+	}
+	cfg.Queues = len(fds)
+	return newTun(cfg, func(o *opener) (*attachment, error) { return o.adopt(fds) })
+}
+
+// adoptable checks what Validate cannot know.
+func adoptable(cfg *Config, fds []int) error {
+	v := &validator{}
+	if cfg.Disabled {
+		v.refuse("Disabled", true, "a device that is none has no descriptors")
+	}
+	if cfg.Owner != 0 {
+		v.refuse("Owner", cfg.Owner, "an adopted device keeps its owner")
+	}
+	if cfg.Group != 0 {
+		v.refuse("Group", cfg.Group, "an adopted device keeps its group")
+	}
+	if len(fds) == 0 || cfg.Queues != 0 && cfg.Queues != len(fds) {
+		v.refuse("Queues", cfg.Queues, "there are %d descriptors", len(fds))
+	}
+	return errors.Join(v.errs...)
+}
+
+// tunDevice is a kernel device. It is the only owner of its descriptors (queues, ctl, view, procfs) and of its one
+// goroutine (the watch).
+type tunDevice struct {
+	core
+	index      int // its identity, in the namespace that ctl and view are in
+	queues     []*tunQueue
+	adopted    bool
+	unverified bool
+	procfs     int          // directory /proc/sys/net/ipv6/conf; -1: none
+	watch      *watch       // nil: the kernel lets us not listen
+	bare       atomic.Bool  // Config.NoFilter
+	dropped    uint64       // what the kernel's counter said at New
+	last       atomic.Value // kernel.Link: last seen
+	lost       atomic.Bool  // deleted, or moved to another namespace
+	closing    atomic.Bool
+	closed     chan struct{} // closed when Close is done
+	closeOnce  sync.Once
+	closeErr   error
+
+	mu     sync.Mutex // one of Activate, Reload, Close at a time
+	cfg    Config     // in force; written with mu and viewMu held
+	active bool
+	ctl    conn       // for them
+	view   conn       // for State, Stats and the watch: they wait for no Reload
+	viewMu sync.Mutex // cfg and notes, for State
+	notes  []string   // abilities that are missing
+}
+
+// conn is a connection to the kernel's routing tables; tests put one in between that fails.
+type conn interface {
+	Do(requests ...rtnl.Message) []rtnl.Result
+	Dump(request rtnl.Message) ([]rtnl.Message, error)
+	Close() error
+}
+
+func dial() (conn, error) {
+	c, err := rtnl.Dial()
+	if err != nil {
+		return nil, err // not a conn that holds a nil
+	}
+	return c, nil
+}
+
+// newTun opens descriptors and sockets in the device's namespace, and puts the device together.
+func newTun(cfg Config, open func(*opener) (*attachment, error)) (Device, error) {
+	d := &tunDevice{cfg: cfg.clone(), procfs: -1, closed: make(chan struct{})}
+	d.log = cfg.Logger
+	d.bare.Store(cfg.NoFilter)
+	err := netns.Do(cfg.NetNS, func() error { return d.open(open) })
+	if err != nil {
+		var op *OpError
+		if !errors.As(err, &op) {
+			err = opError("open", cfg.Name, err)
+		}
+		return nil, err
+	}
+	d.publish(&d.cfg)
+	d.watch.start(d)
+	return d, nil
+}
+
+// open runs in the device's namespace. On error it closes what it opened.
+func (d *tunDevice) open(open func(*opener) (*attachment, error)) (err error) {
+	defer func() {
+		if err != nil {
+			d.release()
+		}
+	}()
+	if d.ctl, err = dial(); err != nil {
+		return err
+	}
+	if d.view, err = dial(); err != nil {
+		return err
+	}
+	if d.watch, err = newWatch(); err != nil {
+		d.note(fmt.Errorf("not told of the link's changes: %w", err))
+	}
+	// Kept, because a file below it dies with the device's IPv6 settings, and the directory does not (kernel.md V9).
+	if d.procfs, err = unix.Open("/proc/sys/net/ipv6/conf", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+		d.procfs = -1 // no IPv6, or no procfs: found out when something is to be set there
+	}
+	a, err := open(&opener{cfg: &d.cfg, conn: d.ctl})
+	if err != nil {
+		return err
+	}
+	d.index, d.dropped = a.link.Index, a.link.TxDropped
+	d.adopted, d.unverified = a.adopted != nil, a.unverified
+	d.last.Store(a.link)
+	d.queues, err = a.queues(&d.bare)
+	return opError("prepare the queues of", a.link.Name, err)
+}
+
+// release closes what the device holds, in the order that wakes who waits first.
+func (d *tunDevice) release() error {
+	var errs []error
+	if d.watch != nil {
+		d.watch.stop() // before the queues: the device's end is no news to those who asked for it
+	}
+	for _, q := range d.queues {
+		errs = append(errs, q.Close())
+	}
+	for _, c := range []conn{d.ctl, d.view} {
+		if c != nil {
+			errs = append(errs, c.Close())
+		}
+	}
+	if d.procfs >= 0 {
+		errs = append(errs, unix.Close(d.procfs))
+	}
+	return errors.Join(errs...)
+}
+
+// Close implements Device. Activate and Reload see closing and give up; whoever calls Close second waits for the first.
+func (d *tunDevice) Close() error {
+	d.closing.Store(true)
+	d.closeOnce.Do(func() {
+		defer close(d.closed)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.stats() // the last look at the kernel's counter
+		d.closeErr = d.release()
+		d.events.close()
+	})
+	<-d.closed
+	return d.closeErr
+}
+
+// Queues implements Device.
+func (d *tunDevice) Queues() []Queue {
+	queues := make([]Queue, len(d.queues))
+	for i, q := range d.queues {
+		queues[i] = q
+	}
+	return queues
+}
+
+// Stats implements Device.
+func (d *tunDevice) Stats() Stats {
+	d.look()
+	return d.stats()
+}
+
+func (d *tunDevice) stats() Stats {
+	all := make([]*traffic, len(d.queues))
+	for i, q := range d.queues {
+		all[i] = &q.traffic
+	}
+	s := d.core.stats(all...)
+	s.ReadDropped += d.lastLink().TxDropped - d.dropped
+	return s
+}
+
+// State implements Device.
+func (d *tunDevice) State() State {
+	link, here := d.look()
+	s := State{Name: link.Name, MTU: link.MTU, table: d.table.Load()}
+	if here {
+		s.Index, s.Up = d.index, link.Up
+	}
+	d.viewMu.Lock()
+	defer d.viewMu.Unlock()
+	s.Networks = d.cfg.clone().Networks
+	s.report = report{config: d.cfg.clone(), queues: len(d.queues), stats: d.stats(), notes: append([]string(nil), d.notes...)}
+	if d.unverified {
+		s.report.notes = append(s.report.notes, "the device's network namespace could not be verified (needs CAP_NET_ADMIN)")
+	}
+	return s
+}
+
+func (d *tunDevice) lastLink() kernel.Link { return d.last.Load().(kernel.Link) }
+
+// look asks the kernel for the link; false, with what was seen last, if it is not here any more.
+func (d *tunDevice) look() (kernel.Link, bool) {
+	if d.closing.Load() || d.lost.Load() {
+		return d.lastLink(), false
+	}
+	link, err := getLink(d.view, rtnl.GetLink(d.index))
+	switch {
+	case err == nil:
+		d.last.Store(link)
+		return link, true
+	case errors.Is(err, unix.ENODEV):
+		return d.lastLink(), false
+	}
+	return d.lastLink(), true // not told: believe what was
+}
+
+// note records that an optional ability is missing.
+func (d *tunDevice) note(err error) {
+	d.viewMu.Lock()
+	d.notes = append(d.notes, err.Error())
+	d.viewMu.Unlock()
+	d.notify(Event{Kind: EventDegraded, N: 1, Err: err})
+}
+
+// alive returns why the device can be configured no more, or nil.
+func (d *tunDevice) alive() error {
+	switch {
+	case d.closing.Load():
+		return os.ErrClosed
+	case d.lost.Load():
+		return ErrGone
+	}
+	return nil
+}
