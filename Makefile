@@ -1,0 +1,92 @@
+# make check holds the architecture; make test holds the behaviour. Both are called by .ci/run.
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-print-directory
+
+FUZZTIME ?= 10s
+
+BIN    := .bin
+TOOLS  := internal/tools
+NESTED := $(patsubst %/go.mod,%,$(shell find . -mindepth 2 -name go.mod -not -path './$(TOOLS)/*' -not -path '*/testdata/*' -not -path '*/vendor/*'))
+CROSS  := darwin/arm64 windows/amd64 freebsd/amd64 linux/arm64 linux/386
+
+# Other systems' packages are compiled for their types only: without optimising that takes two thirds of the time.
+LIGHT := -gcflags='all=-N -l'
+
+# U1000 is reported only where something is unused on every system; 386 finds 64-bit atomics that are not aligned.
+define MATRIX
+linux: GOOS=linux GOARCH=amd64
+386: GOOS=linux GOARCH=386
+darwin: GOOS=darwin GOARCH=arm64
+endef
+export MATRIX
+
+# Beside the defaults: package comments, receiver names that agree, doc comments that begin with the name.
+CHECKS := inherit,ST1000,ST1016,ST1020,ST1021,ST1022
+
+.PHONY: help check format vet lint rooms cross tidy fmt test fuzz cover quickstart tools
+
+help: ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+check: format vet lint rooms cross tidy ## format, vet, staticcheck, import rules, lengths, cross-builds, go.mod: all but the tests
+
+format: $(BIN)/gofumpt
+	@out=$$($(BIN)/gofumpt -l .); test -z "$$out" || { printf 'gofumpt (make fmt repairs):\n%s\n' "$$out"; exit 1; }
+
+vet:
+	go vet ./...
+	@for m in $(NESTED) $(TOOLS); do echo "go vet $$m"; (cd $$m && go vet ./...); done
+
+lint: $(BIN)/staticcheck
+	$(BIN)/staticcheck -matrix -checks $(CHECKS) ./... <<< "$$MATRIX"
+
+rooms: $(BIN)/rooms
+	@cd $(TOOLS) && go test ./...
+	$(BIN)/rooms
+
+cross:
+	@for p in $(CROSS); do \
+		echo "go build, go vet $$p"; \
+		export GOOS=$${p%/*} GOARCH=$${p#*/} CGO_ENABLED=0; \
+		go build $(LIGHT) ./...; \
+		go vet $(LIGHT) ./...; \
+	done
+
+tidy:
+	@for m in . $(NESTED) $(TOOLS); do echo "go mod tidy -diff $$m"; (cd $$m && go mod tidy -diff); done
+
+fmt: $(BIN)/gofumpt ## format every file
+	$(BIN)/gofumpt -l -w .
+
+test: ## all tests with the race detector; more of them as root
+	go test -race ./...
+
+fuzz: ## every fuzz target in the tree for FUZZTIME each (10s)
+	@targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ { name[n++] = $$1 } /^ok/ { for (i = 0; i < n; i++) print $$2, name[i]; n = 0 }'); \
+	test -n "$$targets" || { echo 'no fuzz target found'; exit 1; }; \
+	while read -r package name; do \
+		echo "$$package $$name"; \
+		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package" < /dev/null; \
+	done <<< "$$targets"
+
+cover: ## test coverage by function, and cover.out for go tool cover -html
+	go test -coverpkg=./... -coverprofile=cover.out ./...
+	@go tool cover -func=cover.out
+
+quickstart: ## three overlay hosts talk
+	go run ./examples/quickstart
+
+tools: $(BIN)/gofumpt $(BIN)/staticcheck $(BIN)/rooms ## build the pinned tools into .bin
+
+PINS := $(TOOLS)/go.mod $(TOOLS)/go.sum
+
+$(BIN)/gofumpt: $(PINS)
+	go build -C $(TOOLS) -o $(CURDIR)/$@ mvdan.cc/gofumpt
+
+$(BIN)/staticcheck: $(PINS)
+	go build -C $(TOOLS) -o $(CURDIR)/$@ honnef.co/go/tools/cmd/staticcheck
+
+$(BIN)/rooms: $(PINS) $(wildcard $(TOOLS)/rooms/*.go)
+	go build -C $(TOOLS) -o $(CURDIR)/$@ ./rooms
