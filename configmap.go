@@ -1,0 +1,359 @@
+package overlay
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// nebulaElsewhere are keys of nebula's `tun:` section that other parts of nebula read; a device has no use for them.
+var nebulaElsewhere = []string{"drop_local_broadcast", "drop_multicast"}
+
+// minNebulaMTU is the smallest MTU that nebula takes for a route.
+const minNebulaMTU = 500
+
+// ConfigFromMap lays a decoded nebula `tun:` section over base, and checks it against base.Networks. The map is what any
+// YAML, JSON or TOML decoder yields; whole numbers may come as integers, floats or quoted. A key that is there replaces the
+// field of base; routes and unsafe_routes together replace Routes. ignored lists the keys that are other parts of nebula's.
+//
+// The rules are nebula's: routes lie inside the networks and carry an MTU of at least 500; no network holds the address of an
+// unsafe route, which may be wider than one; a metric is 0…2³¹−1, a weight 1…2³¹−1. One is our own: gateways lie inside the
+// networks. A Config written by hand may say more. Errors are *ConfigError, joined, whose fields are paths like
+// "tun.unsafe_routes[2].via[1].weight". On error cfg is base.
+func ConfigFromMap(base Config, tun map[string]any) (cfg Config, ignored []string, err error) {
+	m := &mapping{cfg: base.clone(), networks: base.Networks}
+	m.section(tun)
+	if len(m.errs) == 0 {
+		m.validate()
+	}
+	if len(m.errs) > 0 {
+		return base, m.ignored, errors.Join(m.errs...)
+	}
+	return m.cfg, m.ignored, nil
+}
+
+// mapping is a section on its way into a Config.
+type mapping struct {
+	validator
+	cfg      Config
+	networks []netip.Prefix
+	routes   []Route
+	paths    []string // where each of routes came from
+	ignored  []string
+}
+
+func (m *mapping) section(tun map[string]any) {
+	keys := make([]string, 0, len(tun))
+	for key := range tun {
+		keys = append(keys, key)
+	}
+	slices.Sort(keys) // errors in an order that does not change
+	for _, key := range keys {
+		m.key(key, tun[key])
+	}
+	_, hasRoutes := tun["routes"]
+	if _, hasUnsafe := tun["unsafe_routes"]; hasRoutes || hasUnsafe {
+		m.cfg.Routes = m.routes
+	} else {
+		m.paths = nil
+	}
+}
+
+func (m *mapping) key(key string, value any) {
+	path := "tun." + key
+	switch key {
+	case "disabled":
+		m.boolean(path, value, &m.cfg.Disabled)
+	case "dev":
+		m.text(path, value, &m.cfg.Name)
+	case "mtu":
+		m.integer(path, value, 0, maxMTU, &m.cfg.MTU)
+	case "tx_queue":
+		m.integer(path, value, 0, maxTxQueueLen, &m.cfg.TxQueueLen)
+	case "routes":
+		m.list(path, value, m.route)
+	case "unsafe_routes":
+		m.list(path, value, m.unsafeRoute)
+	case "use_system_route_table":
+		var use bool
+		if m.boolean(path, value, &use); !use {
+			m.cfg.SystemRoutes = nil
+		} else if m.cfg.SystemRoutes == nil {
+			m.cfg.SystemRoutes = new(SystemRoutes)
+		}
+	case "use_system_route_table_buffer_size":
+		var size int
+		if m.integer(path, value, 0, maxReadBuffer, &size); m.cfg.SystemRoutes != nil {
+			m.cfg.SystemRoutes.ReadBuffer = size // sorted behind use_system_route_table
+		}
+	default:
+		if slices.Contains(nebulaElsewhere, key) {
+			m.ignored = append(m.ignored, key)
+			return
+		}
+		m.refuse(path, value, "unknown key")
+	}
+}
+
+// route reads an entry of routes: part of a network with an MTU of its own.
+func (m *mapping) route(path string, entry map[string]any) {
+	var r Route
+	m.known(path, entry, "mtu", "route")
+	if m.need(path, entry, "mtu") {
+		m.integer(path+".mtu", entry["mtu"], minNebulaMTU, maxMTU, &r.MTU)
+	}
+	if !m.prefix(path, entry, &r.Prefix) {
+		return
+	}
+	if !slices.ContainsFunc(m.networks, func(n netip.Prefix) bool {
+		return n.Bits() <= r.Prefix.Bits() && n.Contains(r.Prefix.Addr())
+	}) {
+		m.refuse(path+".route", r.Prefix, "not inside the overlay networks")
+	}
+	m.add(path, r)
+}
+
+// unsafeRoute reads an entry of unsafe_routes: a prefix outside the networks, behind gateways.
+func (m *mapping) unsafeRoute(path string, entry map[string]any) {
+	var r Route
+	install := true
+	m.known(path, entry, "route", "via", "mtu", "metric", "install")
+	if value, ok := entry["mtu"]; ok && m.integer(path+".mtu", value, 0, maxMTU, &r.MTU) && r.MTU != 0 && r.MTU < minNebulaMTU {
+		m.refuse(path+".mtu", value, "want %d…%d bytes, or 0 for tun.mtu", minNebulaMTU, maxMTU)
+	}
+	if value, ok := entry["metric"]; ok {
+		m.integer(path+".metric", value, 0, maxMetric, &r.Metric)
+	}
+	if value, ok := entry["install"]; ok {
+		m.boolean(path+".install", value, &install)
+	}
+	r.NoInstall = !install
+	if m.need(path, entry, "via") {
+		m.via(path+".via", entry["via"], &r)
+	}
+	if !m.prefix(path, entry, &r.Prefix) {
+		return
+	}
+	if slices.ContainsFunc(m.networks, func(n netip.Prefix) bool { return n.Contains(r.Prefix.Addr()) }) {
+		m.refuse(path+".route", r.Prefix, "inside an overlay network")
+	}
+	m.add(path, r)
+}
+
+func (m *mapping) add(path string, r Route) {
+	m.routes, m.paths = append(m.routes, r), append(m.paths, path)
+}
+
+// via reads one gateway, or a list of gateways with weights.
+func (m *mapping) via(path string, value any, r *Route) {
+	if _, isText := value.(string); isText {
+		var g Gateway
+		if m.addr(path, value, &g.Addr) {
+			r.Via = []Gateway{g}
+		}
+		return
+	}
+	m.list(path, value, func(path string, entry map[string]any) {
+		g := Gateway{Weight: 1}
+		m.known(path, entry, "gateway", "weight")
+		if value, ok := entry["weight"]; ok {
+			m.integer(path+".weight", value, 1, math.MaxInt32, &g.Weight)
+		}
+		if m.need(path, entry, "gateway") && m.addr(path+".gateway", entry["gateway"], &g.Addr) {
+			r.Via = append(r.Via, g)
+		}
+	})
+	if len(r.Via) == 0 && len(m.errs) == 0 {
+		m.refuse(path, value, "names no gateway")
+	}
+}
+
+// validate applies the rules of every Config, under the names that the section has for its fields.
+func (m *mapping) validate() {
+	var joined interface{ Unwrap() []error }
+	if !errors.As(m.cfg.Validate(), &joined) {
+		return
+	}
+	for _, err := range joined.Unwrap() {
+		var c *ConfigError
+		if errors.As(err, &c) {
+			renamed := *c
+			renamed.Field = m.rename(c.Field)
+			err = &renamed
+		}
+		m.errs = append(m.errs, err)
+	}
+}
+
+// sectionNames translates the last parts of a field's path.
+var sectionNames = strings.NewReplacer(".Prefix", ".route", ".Table", ".route", ".Via", ".via", ".Addr", ".gateway",
+	".Weight", ".weight", ".Metric", ".metric", ".MTU", ".mtu")
+
+// rename gives a field of the Config the path that it has in the section; base's own keep theirs.
+func (m *mapping) rename(field string) string {
+	rest, isRoute := strings.CutPrefix(field, "Routes[")
+	number, rest, _ := strings.Cut(rest, "]")
+	i, err := strconv.Atoi(number)
+	if !isRoute || err != nil || i >= len(m.paths) {
+		return field
+	}
+	return m.paths[i] + sectionNames.Replace(rest)
+}
+
+// known refuses keys that an entry does not have.
+func (m *mapping) known(path string, entry map[string]any, keys ...string) {
+	var unknown []string
+	for key := range entry {
+		if !slices.Contains(keys, key) {
+			unknown = append(unknown, key)
+		}
+	}
+	slices.Sort(unknown)
+	for _, key := range unknown {
+		m.refuse(path+"."+key, entry[key], "unknown key")
+	}
+}
+
+func (m *mapping) need(path string, entry map[string]any, key string) bool {
+	_, ok := entry[key]
+	if !ok {
+		m.refuse(path+"."+key, nil, "missing")
+	}
+	return ok
+}
+
+// list calls read for each entry of a list of maps, in any of the shapes that decoders give it.
+func (m *mapping) list(path string, value any, read func(path string, entry map[string]any)) {
+	var entries []any
+	switch list := value.(type) {
+	case nil: // an empty key in YAML
+	case []any:
+		entries = list
+	case []map[string]any: // TOML
+		for _, entry := range list {
+			entries = append(entries, entry)
+		}
+	default:
+		m.refuse(path, value, "not a list")
+	}
+	for i, value := range entries {
+		entryPath := fmt.Sprintf("%s[%d]", path, i)
+		if entry, ok := stringMap(value); ok {
+			read(entryPath, entry)
+		} else {
+			m.refuse(entryPath, value, "not a map")
+		}
+	}
+}
+
+// stringMap takes older YAML decoders' maps too.
+func stringMap(value any) (map[string]any, bool) {
+	switch entry := value.(type) {
+	case map[string]any:
+		return entry, true
+	case map[any]any:
+		texts := make(map[string]any, len(entry))
+		for key, value := range entry {
+			texts[fmt.Sprint(key)] = value
+		}
+		return texts, true
+	}
+	return nil, false
+}
+
+func (m *mapping) prefix(path string, entry map[string]any, to *netip.Prefix) bool {
+	var text string
+	if !m.need(path, entry, "route") || !m.text(path+".route", entry["route"], &text) {
+		return false
+	}
+	prefix, err := netip.ParsePrefix(text)
+	if err != nil {
+		m.refuse(path+".route", text, "not a prefix")
+		return false
+	}
+	*to = prefix
+	return true
+}
+
+func (m *mapping) addr(path string, value any, to *netip.Addr) bool {
+	var text string
+	if !m.text(path, value, &text) {
+		return false
+	}
+	addr, err := netip.ParseAddr(text)
+	if err != nil {
+		m.refuse(path, text, "not an address")
+		return false
+	}
+	*to = addr
+	return true
+}
+
+func (m *mapping) text(path string, value any, to *string) bool {
+	text, ok := value.(string)
+	if !ok {
+		m.refuse(path, value, "not a text")
+		return false
+	}
+	*to = text
+	return true
+}
+
+// boolean takes what nebula takes: true, yes, y, 1 and their opposites, quoted or not.
+func (m *mapping) boolean(path string, value any, to *bool) bool {
+	switch text := strings.ToLower(fmt.Sprint(value)); text {
+	case "y", "yes":
+		*to = true
+	case "n", "no":
+		*to = false
+	default:
+		b, err := strconv.ParseBool(text)
+		if err != nil {
+			m.refuse(path, value, "want true or false")
+			return false
+		}
+		*to = b
+	}
+	return true
+}
+
+// integer takes a whole number within bounds, in any of the types that decoders have for it.
+func (m *mapping) integer(path string, value any, lowest, highest int64, to *int) bool {
+	n, ok := wholeNumber(value)
+	switch {
+	case !ok:
+		m.refuse(path, value, "not a whole number")
+	case n < lowest || n > highest:
+		m.refuse(path, value, "want %d…%d", lowest, highest)
+		ok = false
+	default:
+		*to = int(n) // fits: every bound is within 32 bits
+	}
+	return ok
+}
+
+func wholeNumber(value any) (int64, bool) {
+	switch v := value.(type) {
+	case int:
+		return int64(v), true
+	case int8, int16, int32, int64, uint8, uint16, uint32, uint, uint64, json.Number:
+		n, err := strconv.ParseInt(fmt.Sprint(v), 10, 64)
+		return n, err == nil
+	case string:
+		n, err := strconv.ParseInt(strings.TrimSpace(v), 10, 64)
+		return n, err == nil
+	case float32:
+		return wholeNumber(float64(v))
+	case float64:
+		if v != math.Trunc(v) || math.Abs(v) > 1<<53 {
+			return 0, false
+		}
+		return int64(v), true
+	}
+	return 0, false
+}
