@@ -3,9 +3,12 @@ package overlay
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
 	"os"
-	"strconv"
+	"slices"
 	"strings"
+	"time"
 
 	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/rtnl"
@@ -58,62 +61,109 @@ func (d *tunDevice) Reload(cfg Config) error {
 	return nil
 }
 
-// rounds bounds how often converge looks again: once for the MTU that brings IPv6 back, once to check, twice because
-// somebody works against us.
-const rounds = 4
+// Bounds of patience with those who work against us.
+const (
+	rounds     = 4 // looks of converge: once for the MTU that brings IPv6 back, once to check, twice for others
+	backRounds = 6 // looks of takeBack: once for each kind of object, and for others
+
+	deliveryWait  = 3 * time.Second
+	deliveryPause = 200 * time.Microsecond
+)
+
+// past is what Activate and Reload remember from one call to the next.
+type past struct {
+	added map[netip.Prefix]bool // addresses
+	lacks map[string]error      // optional steps that failed the last time
+}
 
 // converge brings the kernel to what cfg asks, and checks that it is there. On error it takes back all that it did.
 func (d *tunDevice) converge(op string, cfg *Config) error {
 	want := desire(cfg, d.index)
-	run := &execution{device: d}
-	err := d.feasible(&want)
-	for range rounds {
-		if err != nil {
-			break
-		}
-		var have *observed
-		if have, err = d.observe(); err != nil {
-			break
-		}
-		steps := run.pending(plan(have, &want))
-		if len(steps) == 0 {
-			run.report()
-			d.shadows(&want)
-			return nil
-		}
-		run.left = steps
-		err = run.carryOut(steps)
-	}
+	want.added = d.past.added
+	run := &execution{device: d, protocol: want.protocol}
+	err := run.reach(&want)
 	if err == nil {
-		err = fmt.Errorf("the kernel differs after %d attempts: %s", rounds, differences(run.left))
+		run.report()
+		d.shadows(run.now, &want)
+		return nil
 	}
 	if back := run.takeBack(); back != nil {
 		err = errors.Join(err, fmt.Errorf("%w: %w", ErrPartial, back))
 	}
-	switch {
-	case d.closing.Load():
+	if d.closing.Load() {
 		return os.ErrClosed
-	case errors.Is(err, unix.ENODEV):
-		err = fmt.Errorf("%w: %w", ErrGone, err)
 	}
-	return opError(op, d.lastLink().Name, needs(err, "CAP_NET_ADMIN"))
+	return opError(op, d.lastLink().Name, d.explain(err, &want))
 }
 
-// feasible finds what cannot work before the system is touched.
-func (d *tunDevice) feasible(want *desired) error {
-	if !want.ipv6 {
-		return nil
-	}
-	link, err := d.ownLink()
+// explain makes the contract's errors of what the kernel said.
+func (d *tunDevice) explain(err error, want *desired) error {
 	switch {
-	case err != nil:
-		return err
-	case link.IPv6 != nil && link.IPv6.Disabled:
-		return fmt.Errorf("%w: net.ipv6.conf.%s.disable_ipv6 is set", ErrIPv6Disabled, link.Name)
-	case link.IPv6 == nil && !ipv6Exists():
-		return ErrIPv6Disabled
+	case errors.Is(err, ErrGone):
+		d.deviceLost()
+	case errors.Is(err, unix.ENODEV):
+		d.deviceLost()
+		return fmt.Errorf("%w: %w", ErrGone, err)
+	case errors.Is(err, unix.EACCES) && want.ipv6: // of an IPv6 address or route: disabled since we looked (kernel.md U27)
+		if link, look := d.ownLink(d.ctl); look == nil && link.IPv6 != nil && link.IPv6.Disabled {
+			return fmt.Errorf("%w: %v", ErrIPv6Disabled, err)
+		}
 	}
-	return nil
+	return needs(err, "CAP_NET_ADMIN")
+}
+
+// execution carries out steps and remembers them, to take them back.
+type execution struct {
+	device      *tunDevice
+	protocol    uint8
+	before, now *observed // the first look and the last
+	done        []step    // also those whose outcome is unknown
+	failed      map[string]error
+	left        []step // of the last round
+	unknown     error  // why the outcome of some is
+}
+
+// reach looks, plans and carries out until there is nothing left to do.
+func (e *execution) reach(want *desired) error {
+	for range rounds {
+		if err := e.look(); err != nil {
+			return err
+		}
+		if err := e.device.feasible(e.now, want); err != nil {
+			return err
+		}
+		if e.left = e.pending(plan(e.now, want)); len(e.left) == 0 {
+			return e.device.delivered(want)
+		}
+		if err := e.carryOut(e.left); err != nil {
+			return err
+		}
+	}
+	err := fmt.Errorf("the kernel differs after %d attempts: %s", rounds, differences(e.left))
+	if e.unknown != nil {
+		err = fmt.Errorf("%w: %w", err, e.unknown)
+	}
+	return err
+}
+
+func (e *execution) look() (err error) {
+	if e.now, err = e.device.observe(); err == nil && e.before == nil {
+		e.before = e.now
+	}
+	return err
+}
+
+// feasible finds what cannot work, before the system is touched.
+func (d *tunDevice) feasible(have *observed, want *desired) error {
+	if want.ipv6 && have.link.IPv6 == nil {
+		if !ipv6Exists() {
+			return fmt.Errorf("%w: the kernel has none", ErrIPv6Disabled)
+		}
+		if d.readProcfs("default/disable_ipv6") == "1" { // so it will be when the MTU brings it back
+			return fmt.Errorf("%w: net.ipv6.conf.default.disable_ipv6 is set", ErrIPv6Disabled)
+		}
+	}
+	return obstacle(have, want)
 }
 
 // ipv6Exists says whether this kernel has IPv6 at all.
@@ -130,7 +180,7 @@ func ipv6Exists() bool {
 func (d *tunDevice) observe() (*observed, error) {
 	have := new(observed)
 	var err error
-	if have.link, err = d.ownLink(); err != nil {
+	if have.link, err = d.ownLink(d.ctl); err != nil {
 		return nil, err
 	}
 	messages, err := d.ctl.Dump(rtnl.GetAddrs(d.index))
@@ -146,31 +196,16 @@ func (d *tunDevice) observe() (*observed, error) {
 			have.addresses = append(have.addresses, a)
 		}
 	}
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+	families := []uint8{unix.AF_INET, unix.AF_INET6}
+	if have.link.IPv6 == nil {
+		families = families[:1]
+	}
+	for _, family := range families {
 		if err := d.observeRoutes(have, family); err != nil {
 			return nil, fmt.Errorf("read the routes: %w", err)
 		}
 	}
 	return have, nil
-}
-
-// ownLink reads the link, and makes sure that it still is the one behind our descriptors: in our namespace the number may
-// by now be another's, if the device was moved (kernel.md A24).
-func (d *tunDevice) ownLink() (kernel.Link, error) {
-	for range 8 {
-		link, err := getLink(d.ctl, rtnl.GetLink(d.index))
-		if err != nil {
-			return link, err
-		}
-		name, err := d.queues[0].name()
-		if errors.Is(err, os.ErrClosed) || err == nil && name == link.Name {
-			return link, nil
-		}
-		if err != nil {
-			return link, err
-		}
-	}
-	return kernel.Link{}, fmt.Errorf("%w: interface %d is another's now", ErrGone, d.index)
 }
 
 func (d *tunDevice) observeRoutes(have *observed, family uint8) error {
@@ -190,36 +225,54 @@ func (d *tunDevice) observeRoutes(have *observed, family uint8) error {
 	return nil
 }
 
-// execution carries out steps and remembers them, to take them back.
-type execution struct {
-	device *tunDevice
-	done   []step
-	failed map[string]error // optional steps, by name: tried once
-	left   []step           // of the last round
+// delivered waits until the kernel takes packets for our IPv6 addresses: it shows an address at once, but lets a worker make
+// it local, and if the device has only just got its carrier, by up to a second later.
+func (d *tunDevice) delivered(want *desired) error {
+	waiting := make(map[netip.Addr]bool)
+	for _, a := range want.addresses {
+		if a.Prefix.Addr().Is6() {
+			waiting[a.Prefix.Addr()] = true
+		}
+	}
+	for deadline := time.Now().Add(deliveryWait); len(waiting) > 0; time.Sleep(deliveryPause) {
+		messages, err := d.ctl.Dump(rtnl.GetLocal(unix.AF_INET6, d.index))
+		if err != nil {
+			return fmt.Errorf("read the local addresses: %w", err)
+		}
+		for _, m := range messages {
+			if r, _, err := rtnl.DecodeRoute(m); err == nil && r.Link == d.index && r.Table == kernel.TableLocal {
+				delete(waiting, r.Prefix.Addr())
+			}
+		}
+		if err := d.alive(); err != nil {
+			return err
+		}
+		if len(waiting) > 0 && time.Now().After(deadline) {
+			list := slices.SortedFunc(maps.Keys(waiting), netip.Addr.Compare)
+			return fmt.Errorf("the kernel does not deliver to %s after %v: has the device a carrier?", brief(list, netip.Addr.String), deliveryWait)
+		}
+	}
+	return nil
 }
 
 // pending leaves out the optional steps that failed already.
 func (e *execution) pending(steps []step) []step {
-	var rest []step
-	for _, s := range steps {
-		if e.failed[s.String()] == nil {
-			rest = append(rest, s)
-		}
-	}
-	return rest
+	return slices.DeleteFunc(steps, func(s step) bool { return e.failed[s.String()] != nil })
 }
 
-// carryOut runs the steps phase by phase, each phase in one send. The first that fails and is not optional ends it.
+// carryOut runs the steps phase by phase, each phase in one send. The first that fails and is not optional ends it; so does
+// one whose outcome is unknown, without an error: the next look tells.
 func (e *execution) carryOut(steps []step) error {
 	for len(steps) > 0 {
 		if err := e.device.alive(); err != nil {
 			return err
 		}
-		n := 1
-		for n < len(steps) && steps[n].phase() == steps[0].phase() {
-			n++
+		if _, err := e.device.reached(); err != nil {
+			return err
 		}
-		if err := e.settle(steps[:n], e.device.apply(steps[:n])); err != nil {
+		n := samePhase(steps)
+		known, err := e.settle(steps[:n], e.device.apply(steps[:n]))
+		if err != nil || !known {
 			return err
 		}
 		steps = steps[n:]
@@ -227,14 +280,17 @@ func (e *execution) carryOut(steps []step) error {
 	return nil
 }
 
-// settle records what was done and returns the first failure that counts.
-func (e *execution) settle(steps []step, results []error) error {
-	var first error
+// settle records what was done, or may have been, and returns the first failure that counts.
+func (e *execution) settle(steps []step, results []error) (known bool, first error) {
+	known = true
 	for i, err := range results {
 		s := steps[i]
 		switch {
 		case err == nil:
-			e.done = append(e.done, s)
+			e.did(s)
+		case errors.Is(err, rtnl.ErrUnknown):
+			known, e.unknown = false, err
+			e.did(s)
 		case s.optional:
 			if e.failed == nil {
 				e.failed = make(map[string]error)
@@ -245,188 +301,126 @@ func (e *execution) settle(steps []step, results []error) error {
 			first = fmt.Errorf("%s: %w", s, err)
 		}
 	}
-	return first
+	return known, first
 }
 
-// report tells of optional steps that failed.
-func (e *execution) report() {
-	for name, err := range e.failed {
-		e.device.note(fmt.Errorf("%s: %w", name, err))
+func (e *execution) did(s step) {
+	e.done = append(e.done, s)
+	p := &e.device.past
+	switch s.kind {
+	case stepAddAddr:
+		if p.added == nil {
+			p.added = make(map[netip.Prefix]bool)
+		}
+		p.added[s.addr.Prefix] = true
+	case stepDelAddr:
+		delete(p.added, s.addr.Prefix)
 	}
 }
 
-// takeBack undoes what was done, last first, and returns what could not be undone.
-func (e *execution) takeBack() error {
-	var errs []error
-	for i := len(e.done) - 1; i >= 0; i-- {
-		s := e.done[i].inverse()
-		if err := e.device.apply([]step{s})[0]; err != nil && !s.held(err) {
-			errs = append(errs, fmt.Errorf("%s: %w", s, err))
+// report tells of optional steps that failed, once, and of foreign routes that went with an address.
+func (e *execution) report() {
+	d := e.device
+	var news []error
+	d.viewMu.Lock()
+	for name, err := range d.past.lacks {
+		if e.failed[name] == nil {
+			d.notes = slices.DeleteFunc(d.notes, func(n string) bool { return n == lack(name, err).Error() })
 		}
 	}
-	e.done = nil
+	for name, err := range e.failed {
+		if d.past.lacks[name] == nil {
+			news = append(news, lack(name, err))
+		} else {
+			e.failed[name] = d.past.lacks[name] // as it was told
+		}
+	}
+	slices.SortFunc(news, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	for _, err := range news {
+		d.notes = append(d.notes, err.Error())
+	}
+	d.past.lacks = e.failed
+	d.viewMu.Unlock()
+	if len(news) > 0 {
+		d.notify(Event{Kind: EventDegraded, N: len(news), Err: errors.Join(news...)})
+	}
+	if lost := lostRoutes(e.before, e.now, e.done, e.protocol); len(lost) > 0 {
+		err := fmt.Errorf("others' routes went with the address that they named as source: %s", brief(lost, routeText))
+		d.notify(Event{Kind: EventDegraded, N: len(lost), Err: err})
+	}
+}
+
+func lack(name string, err error) error { return fmt.Errorf("%s: %w", name, err) }
+
+// takeBack undoes what was done, last first, then looks for what that left different, and returns what stays so.
+func (e *execution) takeBack() error {
+	if len(e.done) == 0 {
+		return nil
+	}
+	d := e.device
+	back := make([]step, len(e.done))
+	for i, s := range e.done {
+		back[len(back)-1-i] = s.inverse()
+	}
+	failed := e.undo(back)
+	for try := 0; ; try++ {
+		now, err := d.observe()
+		if errors.Is(err, ErrGone) || errors.Is(err, unix.ENODEV) {
+			return nil // and with the device all that was done to it
+		}
+		if err != nil {
+			return errors.Join(failed, e.takeBackUnseen(err))
+		}
+		steps := restoring(now, e.before, e.done, e.protocol)
+		switch {
+		case len(steps) == 0:
+			return nil
+		case try == backRounds:
+			return errors.Join(fmt.Errorf("left to do: %s", differences(steps)), failed)
+		}
+		failed = e.undo(steps)
+	}
+}
+
+// takeBackUnseen ends takeBack where the kernel does not let us look, for the reason why.
+func (e *execution) takeBackUnseen(why error) error {
+	steps, enough := unseen(e.before, e.done, e.protocol)
+	if err := e.undo(steps); err != nil || enough {
+		return err
+	}
+	return fmt.Errorf("not verified: %w", why)
+}
+
+// undo carries out steps, whatever becomes of each, and returns what failed.
+func (e *execution) undo(steps []step) error {
+	var errs []error
+	for len(steps) > 0 {
+		if _, err := e.device.reached(); err != nil {
+			return err
+		}
+		n := samePhase(steps)
+		for i, err := range e.device.apply(steps[:n]) {
+			if s := steps[i]; err != nil && !s.held(err) {
+				errs = append(errs, fmt.Errorf("%s: %w", s, err))
+			}
+		}
+		steps = steps[n:]
+	}
 	return errors.Join(errs...)
 }
 
-func differences(steps []step) string {
+func differences(steps []step) string { return brief(steps, step.String) }
+
+// brief lists the first few.
+func brief[T any](list []T, text func(T) string) string {
 	const most = 8
 	var names []string
-	for i, s := range steps {
+	for i, v := range list {
 		if i == most {
-			names = append(names, fmt.Sprintf("and %d more", len(steps)-most))
+			names = append(names, fmt.Sprintf("and %d more", len(list)-most))
 			break
 		}
-		names = append(names, s.String())
+		names = append(names, text(v))
 	}
 	return strings.Join(names, "; ")
-}
-
-// held says whether the kernel's refusal means that the step's end was reached already.
-func (s step) held(err error) bool {
-	switch s.kind {
-	case stepAddAddr, stepAddRoute:
-		return errors.Is(err, unix.EEXIST)
-	case stepDelAddr:
-		return errors.Is(err, unix.EADDRNOTAVAIL)
-	case stepDelRoute:
-		return errors.Is(err, unix.ESRCH)
-	}
-	return false
-}
-
-// phase groups the steps that may share a send: those of one phase do not depend on each other's success.
-func (s step) phase() int {
-	switch s.kind {
-	case stepMTU, stepTxQueueLen:
-		return 1
-	case stepSetting:
-		if _, ok := netlinkSettings[s.setting]; ok || s.setting == settingIPv6AddrGen {
-			return 1
-		}
-		return 2
-	case stepAddAddr, stepDelAddr:
-		return 3
-	}
-	return 4 // the link up and the routes: a link that is down refuses them (kernel.md V27)
-}
-
-// apply carries out the steps of one phase and returns an error or nil for each.
-func (d *tunDevice) apply(steps []step) []error {
-	results := make([]error, len(steps))
-	if steps[0].phase() == 2 {
-		for i, s := range steps {
-			results[i] = d.writeProcfs(s.setting, s.to)
-		}
-		return results
-	}
-	requests := make([]rtnl.Message, len(steps))
-	for i, s := range steps {
-		requests[i] = d.request(s)
-	}
-	for i, r := range d.ctl.Do(requests...) {
-		results[i] = r.Err
-	}
-	return results
-}
-
-// netlinkSettings are the settings that RTM_SETLINK knows.
-var netlinkSettings = map[setting]int{
-	settingIPv4Redirects:   rtnl.IPv4AcceptRedirects,
-	settingIPv4Sends:       rtnl.IPv4SendRedirects,
-	settingIPv4SourceRoute: rtnl.IPv4AcceptSourceRoute,
-	settingIPv4Promote:     rtnl.IPv4PromoteSecondaries,
-}
-
-// request is the step as a message.
-func (d *tunDevice) request(s step) rtnl.Message {
-	switch s.kind {
-	case stepMTU:
-		return rtnl.SetLinkMTU(d.index, s.to)
-	case stepTxQueueLen:
-		return rtnl.SetLinkTxQueueLen(d.index, s.to)
-	case stepSetting:
-		if s.setting == settingIPv6AddrGen {
-			return rtnl.SetLinkAddrGenMode(d.index, s.to)
-		}
-		return rtnl.SetLinkIPv4(d.index, netlinkSettings[s.setting], s.to)
-	case stepAddAddr:
-		return rtnl.AddAddr(d.index, s.addr)
-	case stepDelAddr:
-		return rtnl.DelAddr(d.index, s.addr)
-	case stepUp:
-		return rtnl.SetLinkUp(d.index, s.to != 0)
-	case stepAddRoute:
-		return rtnl.AddRoute(s.route)
-	case stepDelRoute:
-		return rtnl.DelRoute(s.route)
-	}
-	panic("overlay: a step without a kind") // plan makes none
-}
-
-// writeProcfs writes one of the device's IPv6 settings that netlink cannot set. The directory is found by name and used
-// only if the name is still the device's afterwards; one that was renamed since answers ENOENT.
-func (d *tunDevice) writeProcfs(name setting, value int) error {
-	if d.procfs < 0 {
-		return errors.New("/proc/sys/net/ipv6/conf could not be opened")
-	}
-	for range 3 {
-		link, err := getLink(d.ctl, rtnl.GetLink(d.index))
-		if err != nil {
-			return err
-		}
-		dir, err := unix.Openat(d.procfs, link.Name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-		if errors.Is(err, unix.ENOENT) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		again, err := getLink(d.ctl, rtnl.GetLink(d.index))
-		if err == nil && again.Name == link.Name {
-			err = writeAt(dir, strings.TrimPrefix(string(name), "ipv6/"), value)
-		}
-		unix.Close(dir)
-		if !errors.Is(err, unix.ENOENT) {
-			return err
-		}
-	}
-	return unix.ENOENT
-}
-
-func writeAt(dir int, name string, value int) error {
-	fd, err := unix.Openat(dir, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	file := os.NewFile(uintptr(fd), name)
-	_, err = file.WriteString(strconv.Itoa(value))
-	return errors.Join(err, file.Close())
-}
-
-// shadows tells where another interface answers in our place: an equal route that stands before ours (kernel.md V12).
-func (d *tunDevice) shadows(want *desired) {
-	var requests []rtnl.Message
-	var asked []kernel.Route
-	probes := want.probes()
-	for _, r := range want.routes {
-		if dst, ok := probes.of(r.Prefix); ok && r.Table == kernel.TableMain {
-			requests, asked = append(requests, rtnl.MatchRoute(dst)), append(asked, r)
-		}
-	}
-	if len(requests) == 0 {
-		return
-	}
-	var found []error
-	for i, result := range d.ctl.Do(requests...) {
-		if result.Err != nil || len(result.Answers) != 1 {
-			continue // no route at all: healing's business
-		}
-		r, unicast, err := rtnl.DecodeRoute(result.Answers[0])
-		if err == nil && unicast && r.Prefix == asked[i].Prefix && r.Table == asked[i].Table && r.Link != d.index {
-			found = append(found, fmt.Errorf("%v is answered by interface %d, protocol %d", r.Prefix, r.Link, r.Protocol))
-		}
-	}
-	if len(found) > 0 {
-		d.notify(Event{Kind: EventShadowed, N: len(found), Err: errors.Join(found...)})
-	}
 }

@@ -3,14 +3,14 @@ package overlay
 import (
 	"errors"
 	"fmt"
-	"os"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // adopt checks that fds are the queues of one TUN device in this namespace, all of them, and works on duplicates: the
-// caller's are closed when nothing can fail any more. It changes nothing but the device's offload mask, and that last.
+// caller's are closed when nothing can fail any more. It changes nothing; attachment.queues does, when all is well.
 func (o *opener) adopt(fds []int) (*attachment, error) {
 	a := &attachment{adopted: fds}
 	name, err := o.takeDuplicates(a)
@@ -29,48 +29,92 @@ func (o *opener) takeDuplicates(a *attachment) (name string, err error) {
 		}
 		a.fds = append(a.fds, duplicate)
 	}
-	if name, err = o.inspect(a); err != nil {
-		return name, err
-	}
-	for _, fd := range a.fds {
-		if err := setOffload(fd, 0); err != nil {
-			return name, fmt.Errorf("set offload: %w", err)
+	for i := range a.fds {
+		if err := a.inspect(i, &name); err != nil {
+			return name, err
 		}
+	}
+	if !nameFits(o.cfg.Name, name) {
+		return name, fmt.Errorf("its name is not %q, as Config says", o.cfg.Name)
+	}
+	if err := o.identify(a); err != nil {
+		return name, err
 	}
 	return name, nil
 }
 
-func (o *opener) inspect(a *attachment) (name string, err error) {
-	for i, fd := range a.fds {
-		got, flags, err := getIff(fd)
-		if err != nil {
-			return name, fmt.Errorf("descriptor %d is not attached to a TUN device: %w", a.adopted[i], err)
-		}
-		if i > 0 && (got != name || flags&framing != a.flags&framing) {
-			return name, fmt.Errorf("descriptor %d is of %s with flags %#x, descriptor %d of %s with flags %#x",
-				a.adopted[0], name, a.flags, a.adopted[i], got, flags)
-		}
-		name, a.flags = got, flags
+// inspect checks the i-th descriptor by itself and against those before it.
+func (a *attachment) inspect(i int, name *string) error {
+	fd, theirs := a.fds[i], a.adopted[i]
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil || !isNode(&stat) {
+		return errors.Join(fmt.Errorf("descriptor %d is of %w", theirs, errNotNode), err)
 	}
-	switch flags := a.flags; {
+	mode, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err != nil || mode&unix.O_ACCMODE != unix.O_RDWR {
+		return errors.Join(fmt.Errorf("descriptor %d is not open for reading and writing", theirs), err)
+	}
+	got, flags, err := getIff(fd)
+	if err != nil {
+		return fmt.Errorf("descriptor %d is not attached to a device: %w", theirs, err)
+	}
+	if i == 0 {
+		*name, a.flags = got, flags
+	}
+	if got != *name || flags&framing != a.flags&framing {
+		return fmt.Errorf("descriptor %d is of %s with flags %#x, descriptor %d of %s with flags %#x",
+			a.adopted[0], *name, a.flags&framing, theirs, got, flags&framing)
+	}
+	for j := range i {
+		if sameDescription(a.fds[j], fd) {
+			return fmt.Errorf("descriptors %d and %d are duplicates: one queue, not two", a.adopted[j], theirs)
+		}
+	}
+	return a.acceptable(theirs, flags)
+}
+
+func (a *attachment) acceptable(fd int, flags tunFlags) (err error) {
+	switch {
 	case flags&flagTUN == 0:
-		return name, errors.New("a TAP device: this package carries IP packets only")
-	case flags&flagNoPI == 0:
-		return name, errors.New("its packets have the packet information header: open it with IFF_NO_PI")
+		return errors.New("a TAP device: this package carries IP packets only")
 	case flags&flagNAPI != 0:
-		return name, errors.New("it was opened with IFF_NAPI, which this package refuses")
-	case flags&flagMultiQueue == 0 && len(a.fds) > 1:
-		return name, fmt.Errorf("the device has a single queue, and there are %d descriptors", len(a.fds))
-	case !nameFits(o.cfg.Name, name):
-		return name, fmt.Errorf("its name is not %q, as Config says", o.cfg.Name)
+		return errors.New("it was opened with IFF_NAPI, which this package refuses")
+	case flags&flagDetached != 0:
+		return fmt.Errorf("the queue of descriptor %d is detached (IFF_DETACH_QUEUE): no packet would reach it", fd)
+	case flags&flagVnetHeader == 0:
+		return nil
 	}
-	if err := o.sameNamespace(a); err != nil {
-		return name, err
+	if a.header, err = headerSize(a.fds[0]); err == nil && a.header > maxVnetSize {
+		err = errors.ErrUnsupported
+	}
+	if err != nil {
+		return fmt.Errorf("its packets have a virtio header of %d bytes: %w", a.header, err)
+	}
+	return nil
+}
+
+// identify finds the interface, and makes sure that it is here and that no other queue of it swallows flows.
+func (o *opener) identify(a *attachment) (err error) {
+	for _, fd := range a.fds {
+		verified, err := o.sameNamespace(fd)
+		if errors.Is(err, errElsewhere) {
+			return fmt.Errorf("%w: name it in Config.NetNS", err)
+		}
+		if err != nil {
+			return err
+		}
+		a.unverified = a.unverified || !verified
 	}
 	if a.link, err = o.linkOf(a.fds[0]); err != nil {
-		return name, err
+		return err
 	}
-	return name, o.onlyOurs(a)
+	if a.link.Tun.PacketInfo {
+		return errors.New("its packets have the packet information header: open it with IFF_NO_PI")
+	}
+	if err = o.onlyOurs(a); errors.Is(err, unix.EBUSY) {
+		return busy(a.link.Name, err)
+	}
+	return err
 }
 
 // nameFits says whether name may be what a Config's Name led to.
@@ -79,30 +123,10 @@ func nameFits(pattern, name string) bool {
 	if !has {
 		return pattern == "" || pattern == name
 	}
-	return strings.HasPrefix(name, before) && strings.HasSuffix(name, after)
-}
-
-// sameNamespace compares the device's network namespace with ours. Without CAP_NET_ADMIN the kernel does not tell (kernel.md
-// V17): then name and flags have to do, and State says so.
-func (o *opener) sameNamespace(a *attachment) error {
-	fd, err := deviceNetNS(a.fds[0])
-	if errors.Is(err, os.ErrPermission) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTTY) {
-		a.unverified = true // EINVAL and ENOTTY: a kernel before 5.10
-		return nil
+	number, ok := strings.CutPrefix(name, before)
+	if ok {
+		number, ok = strings.CutSuffix(number, after)
 	}
-	if err != nil {
-		return fmt.Errorf("read the device's namespace: %w", err)
-	}
-	defer unix.Close(fd)
-	var there, here unix.Stat_t
-	if err := unix.Fstat(fd, &there); err != nil {
-		return fmt.Errorf("read the device's namespace: %w", err)
-	}
-	if err := unix.Stat("/proc/thread-self/ns/net", &here); err != nil {
-		return fmt.Errorf("read our namespace: %w", err)
-	}
-	if there.Dev != here.Dev || there.Ino != here.Ino {
-		return errors.New("the device lives in another network namespace: name it in Config.NetNS")
-	}
-	return nil
+	n, err := strconv.ParseUint(number, 10, 31)
+	return ok && err == nil && strconv.FormatUint(n, 10) == number
 }

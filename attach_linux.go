@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -16,7 +17,10 @@ import (
 type attachment struct {
 	fds        []int
 	flags      tunFlags // as read back
+	header     int      // bytes of virtio header before each packet
 	link       kernel.Link
+	persist    bool  // still to be made persistent
+	drain      bool  // what waits in the queues came under an earlier user's offload mask
 	adopted    []int // the caller's, of which fds are duplicates
 	unverified bool  // the device's namespace could not be compared with ours
 }
@@ -29,23 +33,26 @@ func (a *attachment) close() {
 	a.fds = nil
 }
 
-// queues makes queues of the descriptors, which are theirs from then on, and closes the caller's originals, if any. On error
-// it closes all that is ours.
+// unowned says whether every local user may attach a queue, and read and write packets by it (kernel.md S1): an attached or
+// adopted device keeps its owner, and one that never had one is as open as the node.
+func (a *attachment) unowned() bool {
+	return a.link.Tun.MultiQueue && a.link.Tun.Owner < 0 && a.link.Tun.Group < 0
+}
+
+// queues makes queues of the descriptors, which are theirs from then on. Only when all else is done is the device changed
+// for good, and are the caller's originals closed, if any. On error it closes all that is ours; the device is as it was.
 func (a *attachment) queues(bare *atomic.Bool) (queues []*tunQueue, err error) {
-	header := 0
-	if a.flags&flagVnetHeader != 0 {
-		if header, err = headerSize(a.fds[0]); err != nil || header > maxVnetSize {
-			a.close()
-			return nil, fmt.Errorf("packets have a virtio header of %d bytes: %w", header, errors.Join(err, errors.ErrUnsupported))
-		}
-	}
-	undo, err := nonblocking(a.fds)
+	fds := slices.Clone(a.fds)
+	undo, err := nonblocking(fds)
 	for len(a.fds) > 0 && err == nil {
 		var q *tunQueue
-		if q, err = newTunQueue(a.fds[0], a.link.Name, header, bare); err == nil {
+		if q, err = newTunQueue(a.fds[0], a.link.Name, a.header, bare); err == nil {
 			queues = append(queues, q)
 			a.fds = a.fds[1:]
 		}
+	}
+	if err == nil {
+		err = a.finish(fds)
 	}
 	if err != nil {
 		undo()
@@ -59,6 +66,35 @@ func (a *attachment) queues(bare *atomic.Bool) (queues []*tunQueue, err error) {
 		unix.Close(fd)
 	}
 	return queues, nil
+}
+
+// finish makes the changes that outlive the descriptors.
+func (a *attachment) finish(fds []int) error {
+	if err := setOffload(fds[0], 0); err != nil {
+		return fmt.Errorf("set offload: %w", err)
+	}
+	if a.drain {
+		discard(fds, a.link.TxQueueLen)
+	}
+	if a.persist {
+		if err := setPersist(fds[0]); err != nil {
+			return fmt.Errorf("make persistent: %w", err)
+		}
+	}
+	return nil
+}
+
+// discard throws away what the kernel queued until now, at most so many packets a queue: superpackets among them look like
+// packets on a descriptor without a virtio header (kernel.md C1, U49).
+func discard(fds []int, most int) {
+	var b [1]byte
+	for _, fd := range fds {
+		for range most {
+			if _, err := unix.Read(fd, b[:]); err != nil {
+				break
+			}
+		}
+	}
 }
 
 // nonblocking changes descriptors as the runtime's poller wants them. undo gives those that it shares with a caller their
@@ -88,233 +124,144 @@ func nonblocking(fds []int) (undo func(), err error) {
 type opener struct {
 	cfg  *Config
 	conn conn
+	iff  func(fd int, name string, flags tunFlags) (string, error) // nil: setIff; tests interfere before and after it
 }
+
+func (o *opener) setIff(fd int, name string, flags tunFlags) (string, error) {
+	if o.iff != nil {
+		return o.iff(fd, name, flags)
+	}
+	return setIff(fd, name, flags)
+}
+
+// Bounds of patience.
+const (
+	strangerTries = 32                   // with a stranger that spins for the first queue, about one try in three succeeds
+	raceTries     = 4                    // a device that comes and goes between the look and the attempt
+	busyPause     = 5 * time.Millisecond // doubled each time, while a last descriptor may be on its way out:
+	busyTries     = 5                    // 75 ms, that of a child between fork and exec, or of a process just killed
+	closingTries  = 9                    // 1.3 s, one that nobody is seen to hold, because the kernel is closing it
+)
 
 // open does what Config.Mode says.
 func (o *opener) open() (*attachment, error) {
-	if o.cfg.Mode == Create {
-		return o.create()
+	switch o.cfg.Mode {
+	case Attach:
+		return o.attach()
+	case AttachOrCreate:
+		return o.attachOrCreate()
 	}
-	link, err := o.linkByName(o.cfg.Name)
-	switch missing := errors.Is(err, unix.ENODEV); {
-	case missing && o.cfg.Mode == AttachOrCreate:
-		return o.create()
-	case missing:
-		return nil, opError("attach to", o.cfg.Name, fmt.Errorf("%w: %w", os.ErrNotExist, err))
-	case err != nil:
-		return nil, opError("attach to", o.cfg.Name, err)
-	}
-	return o.attach(link)
+	return o.create()
 }
 
-// Bounds of create's patience.
-const (
-	strangerTries = 32                    // with a stranger that spins for the first queue, about one try in three succeeds
-	busyTries     = 5                     // a device whose last descriptor is just being closed
-	busyPause     = 10 * time.Millisecond //
-)
+// attachOrCreate follows a device that others make or delete in between.
+func (o *opener) attachOrCreate() (a *attachment, err error) {
+	for range raceTries {
+		if a, err = o.attach(); !errors.Is(err, errNoDevice) && !errors.Is(err, errVanished) {
+			break
+		}
+		if a, err = o.create(); !errors.Is(err, ErrBusy) {
+			break
+		}
+	}
+	return a, err
+}
 
-// create makes a device that nobody else has a queue of.
-//
-// Between TUNSETIFF and TUNSETOWNER any local user may attach a queue to a multi-queue device (kernel.md V4), and through it
-// change owner and persistence. So the device is only kept if, after TUNSETOWNER, the kernel counts our queue alone.
-func (o *opener) create() (*attachment, error) {
+// attach takes a prepared device, with as many queues as Config says. Owner, group and persistence stay (kernel.md V10), and
+// so does what else an earlier user may have set, but for the offload mask.
+func (o *opener) attach() (*attachment, error) {
 	for try := 1; ; try++ {
-		a, err := o.createOnce()
+		a, err := o.attachOnce()
+		var op *OpError
 		switch {
 		case err == nil:
 			return a, nil
-		case errors.Is(err, unix.EBUSY) && try < busyTries && !errors.Is(err, errStranger):
-			time.Sleep(busyPause)
-		case !errors.Is(err, errStranger) || try == strangerTries:
-			return nil, err
+		case errors.Is(err, unix.EBUSY) && try < busyTries:
+			time.Sleep(busyPause << (try - 1))
+			continue
+		case errors.Is(err, unix.EBUSY):
+			err = o.busy(err)
+		case errors.As(err, &op):
+			return nil, err // about the node
 		}
+		return nil, opError("attach to", o.cfg.Name, err)
 	}
 }
 
-var errStranger = errors.New("another process attached a queue to the new device, again and again")
+// busy is busy for the name in Config, which may be an alternative one.
+func (o *opener) busy(err error) error {
+	name := o.cfg.Name
+	if link, err := o.linkByName(name); err == nil {
+		name = link.Name
+	}
+	return busy(name, err)
+}
 
-func (o *opener) createOnce() (*attachment, error) {
-	fd, err := openNode()
+var (
+	errNoDevice = fmt.Errorf("no such device: %w", os.ErrNotExist)
+	errVanished = fmt.Errorf("the device was renamed, moved or deleted meanwhile: %w", os.ErrNotExist)
+)
+
+func (o *opener) attachOnce() (*attachment, error) {
+	link, err := o.linkByName(o.cfg.Name)
+	if errors.Is(err, unix.ENODEV) {
+		return nil, errNoDevice
+	}
 	if err != nil {
 		return nil, err
 	}
-	flags := flagTUN | flagNoPI
-	if o.cfg.queues() > 1 {
-		flags |= flagMultiQueue
-	}
-	name, exclusive, err := createDevice(fd, o.cfg.Name, flags)
+	flags, err := o.attachable(&link)
 	if err != nil {
-		unix.Close(fd)
-		return nil, o.explainCreate(err)
+		return nil, err
 	}
-	a := &attachment{fds: []int{fd}}
-	if err := o.claim(a, name, exclusive, flags); err != nil {
-		o.destroy(a, exclusive)
-		return nil, opError("create", name, err)
-	}
-	return a, nil
-}
-
-// createDevice creates with the exclusive flag, or without it where a sandbox refuses to know it; claim then proves that the
-// device is new.
-func createDevice(fd int, name string, flags tunFlags) (got string, exclusive bool, err error) {
-	got, err = setIff(fd, name, flags|flagExclusive)
-	if err == nil || !errors.Is(err, unix.EINVAL) {
-		return got, true, err
-	}
-	got, err = setIff(fd, name, flags)
-	return got, false, err
-}
-
-func (o *opener) explainCreate(err error) error {
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		err = busy(o.cfg.Name, err)
-	case errors.Is(err, os.ErrPermission):
-		err = needs(err, "CAP_NET_ADMIN in the network namespace")
-	}
-	return opError("create", o.cfg.Name, err)
-}
-
-// claim makes the device with its first queue ours, then adds the other queues.
-func (o *opener) claim(a *attachment, name string, exclusive bool, flags tunFlags) error {
-	link, err := o.linkOf(a.fds[0])
+	fds, err := openNodes(o.cfg.queues())
 	if err != nil {
-		return err
+		return nil, err
 	}
-	a.link = link
-	// A device that was there before is persistent or has another's queue.
-	if !exclusive && (link.Tun.Persist || link.Tun.Queues > 1) {
-		return fmt.Errorf("%w (the name is taken)", ErrBusy)
+	a := &attachment{fds: fds, link: link, drain: true}
+	if err = o.addQueues(a, fds, flags); err == nil {
+		err = o.onlyOurs(a)
 	}
-	owner, group := o.ownership()
-	if err := own(a.fds[0], owner, group); err != nil {
-		return err
-	}
-	if flags&flagMultiQueue != 0 {
-		if err := o.alone(a, owner, group); err != nil {
-			return err
-		}
-	}
-	if err := o.addQueues(a, name, flags); err != nil {
-		return err
-	}
-	if o.cfg.Persist {
-		return setPersist(a.fds[0])
-	}
-	return nil
-}
-
-// ownership returns uid and gid to be set, -1 for none: where both are set the kernel wants both to match (kernel.md V10).
-func (o *opener) ownership() (owner, group int64) {
-	owner, group = -1, -1
-	if o.cfg.Group != 0 {
-		group = int64(o.cfg.Group)
-	}
-	if o.cfg.Owner != 0 {
-		owner = int64(o.cfg.Owner)
-	} else if o.cfg.Group == 0 {
-		owner = int64(os.Geteuid())
-	}
-	return owner, group
-}
-
-func own(fd int, owner, group int64) error {
-	if owner >= 0 {
-		if err := setOwner(fd, int(owner)); err != nil {
-			return fmt.Errorf("set owner %d: %w", owner, err)
-		}
-	}
-	if group >= 0 {
-		if err := setGroup(fd, int(group)); err != nil {
-			return fmt.Errorf("set group %d: %w", group, err)
-		}
-	}
-	return nil
-}
-
-// alone proves that no stranger got at the new device before it had an owner.
-func (o *opener) alone(a *attachment, owner, group int64) error {
-	link, err := o.linkByIndex(a.link.Index)
-	if err != nil {
-		return err
-	}
-	t := link.Tun
-	if t.Queues+t.Disabled != 1 || t.Owner != owner || t.Group != group || t.Persist || link.Hardware != unix.ARPHRD_NONE {
-		return errStranger
-	}
-	return nil
-}
-
-// destroy takes a half-made device away. One that a stranger holds too, or made persistent, outlives our descriptor, so it
-// is deleted by index; but not if it may have been there before us.
-func (o *opener) destroy(a *attachment, exclusive bool) {
-	if exclusive && a.link.Index != 0 {
-		o.conn.Do(rtnl.DelLink(a.link.Index)) // on failure the close below does it for every device that is ours alone
-	}
-	a.close()
-}
-
-// attach takes a prepared device, with as many queues as Config says. Owner, group and persistence stay (kernel.md V10).
-func (o *opener) attach(link kernel.Link) (*attachment, error) {
-	a := &attachment{link: link}
-	err := o.attachQueues(a)
 	if err != nil {
 		a.close()
-		return nil, opError("attach to", o.cfg.Name, err)
+		return nil, err
 	}
 	return a, nil
 }
 
-func (o *opener) attachQueues(a *attachment) error {
-	flags := flagTUN | flagNoPI
-	switch {
-	case a.link.Kind != "tun" || a.link.Hardware != unix.ARPHRD_NONE:
-		return fmt.Errorf("not a TUN device")
-	case a.link.Tun.MultiQueue:
+// attachable refuses a device before it is touched, and returns the flags to attach with.
+func (o *opener) attachable(link *kernel.Link) (flags tunFlags, err error) {
+	flags = flagTUN | flagNoPI
+	switch t := &link.Tun; {
+	case link.Kind != "tun":
+		return 0, fmt.Errorf("not a TUN device, but interface %d of kind %q", link.Index, link.Kind)
+	case link.Hardware == unix.ARPHRD_ETHER:
+		return 0, errors.New("a TAP device: this package carries IP packets only")
+	case link.Hardware != unix.ARPHRD_NONE:
+		return 0, fmt.Errorf("a device of link type %d: this package carries IP packets only", link.Hardware)
+	case !t.MultiQueue && o.cfg.queues() > 1:
+		return 0, fmt.Errorf("the device has a single queue, Config.Queues is %d", o.cfg.queues())
+	case t.Queues+t.Disabled > 0:
+		// Unread, a queue swallows its share of the flows; and the framing would be another's choice (kernel.md C2).
+		return 0, fmt.Errorf("%d of its queues are taken: %w", t.Queues+t.Disabled, unix.EBUSY)
+	case t.MultiQueue:
 		flags |= flagMultiQueue
-	case o.cfg.queues() > 1:
-		return fmt.Errorf("the device has a single queue, Config.Queues is %d", o.cfg.queues())
 	}
-	if err := o.addQueues(a, o.cfg.Name, flags); err != nil {
-		return err
-	}
-	return o.onlyOurs(a)
+	return flags, nil
 }
 
-// onlyOurs refuses a device on which somebody else reads: that queue would swallow its share of the flows.
-func (o *opener) onlyOurs(a *attachment) error {
-	link, err := o.linkByIndex(a.link.Index)
-	if err != nil {
-		return err
-	}
-	a.link = link
-	if link.Tun.MultiQueue && link.Tun.Queues+link.Tun.Disabled != len(a.fds) {
-		return busy(link.Name, fmt.Errorf("it has %d queues, we have %d", link.Tun.Queues+link.Tun.Disabled, len(a.fds)))
-	}
-	return nil
-}
-
-// addQueues attaches until there are as many as Config says, and checks that each reached the same device with the same
-// framing: by name the kernel would as soon create a new device as attach to a renamed or moved one (kernel.md A24, U50).
-func (o *opener) addQueues(a *attachment, name string, flags tunFlags) error {
-	for len(a.fds) < o.cfg.queues() {
-		fd, err := openNode()
-		if err != nil {
-			return err
-		}
-		a.fds = append(a.fds, fd)
-		if _, err := setIff(fd, name, flags); err != nil {
-			return explainAttach(name, err)
+// addQueues attaches descriptors to the device, and checks that each of a.fds reached it, with the same framing: by name the
+// kernel would as soon attach to whatever is called so by now (kernel.md A24, U50).
+func (o *opener) addQueues(a *attachment, fds []int, flags tunFlags) error {
+	for _, fd := range fds {
+		_ = attachOnly(fd) // where a sandbox does not know it, the index betrays a new device below
+		if _, err := o.setIff(fd, a.link.Name, flags); err != nil {
+			return o.explainAttach(a, err)
 		}
 	}
 	for _, fd := range a.fds {
 		if err := o.sameDevice(a, fd, flags); err != nil {
 			return err
-		}
-		if err := setOffload(fd, 0); err != nil {
-			return fmt.Errorf("set offload: %w", err)
 		}
 	}
 	return nil
@@ -326,52 +273,121 @@ func (o *opener) sameDevice(a *attachment, fd int, flags tunFlags) error {
 		return err
 	}
 	if link.Index != a.link.Index {
-		return fmt.Errorf("a queue reached interface %d instead of %d: the device was renamed, moved or deleted", link.Index, a.link.Index)
+		return fmt.Errorf("a queue reached interface %d instead of %d: %w", link.Index, a.link.Index, errVanished)
 	}
 	_, got, err := getIff(fd)
 	if err != nil {
-		return err
+		return fmt.Errorf("read back the flags: %w", err)
 	}
-	if got&framing != flags&framing {
-		return fmt.Errorf("a queue has flags %#x instead of %#x", got&framing, flags&framing)
+	if got&framing != flags&framing || link.Tun.PacketInfo {
+		return fmt.Errorf("its queues have flags %#x instead of %#x, packet information %t: another process attached with others",
+			got&framing, flags&framing, link.Tun.PacketInfo)
 	}
 	a.flags = got
 	return nil
 }
 
-func explainAttach(name string, err error) error {
+// explainAttach says what an errno of attaching means. Each of them may be the answer to a name that is another's by now, or
+// nobody's (EBUSY: attachOnly).
+func (o *opener) explainAttach(a *attachment, err error) error {
+	link, gone := o.linkByName(a.link.Name)
 	switch {
-	case errors.Is(err, unix.EBUSY):
-		return busy(name, err)
+	case errors.Is(gone, unix.ENODEV), gone == nil && link.Index != a.link.Index:
+		return errVanished
 	case errors.Is(err, os.ErrPermission):
-		return needs(err, "CAP_NET_ADMIN, or to be the device's owner or group")
+		return needs(err, "CAP_NET_ADMIN in the network namespace, or to be the device's "+ownerText(&a.link.Tun))
 	case errors.Is(err, unix.E2BIG):
 		return fmt.Errorf("%w (a device has at most %d queues)", err, maxQueues)
 	}
 	return err
 }
 
+func ownerText(t *kernel.Tun) string {
+	switch {
+	case t.Owner >= 0 && t.Group >= 0:
+		return fmt.Sprintf("owner, uid %d, in its group, gid %d", t.Owner, t.Group)
+	case t.Group >= 0:
+		return fmt.Sprintf("group, gid %d", t.Group)
+	}
+	return fmt.Sprintf("owner, uid %d", t.Owner)
+}
+
+// onlyOurs counts by index, which no renaming deceives: as many queues as we have descriptors.
+func (o *opener) onlyOurs(a *attachment) error {
+	link, err := o.linkByIndex(a.link.Index)
+	if err != nil {
+		return err
+	}
+	a.link = link
+	switch n := link.Tun.Queues + link.Tun.Disabled; {
+	case !link.Tun.MultiQueue || n == len(a.fds):
+		return nil
+	case n > len(a.fds):
+		return fmt.Errorf("it has %d queues, we have %d: %w", n, len(a.fds), unix.EBUSY)
+	}
+	return errVanished // some of ours are elsewhere
+}
+
 // linkOf finds the interface behind a descriptor, which has no index of its own: by name, and again by name if it was
-// renamed in between.
+// renamed in between. Names repeat from namespace to namespace, so the device's is compared with ours where the kernel tells.
 func (o *opener) linkOf(fd int) (kernel.Link, error) {
 	for range 8 {
 		name, _, err := getIff(fd)
+		if errors.Is(err, unix.EBADFD) {
+			break // deleted
+		}
 		if err != nil {
 			return kernel.Link{}, fmt.Errorf("read back the device: %w", err)
 		}
 		link, err := o.linkByName(name)
-		if errors.Is(err, unix.ENODEV) {
+		if errors.Is(err, unix.ENODEV) || err == nil && link.Name != name { // an alternative name of another
 			continue
 		}
 		if err != nil {
+			return kernel.Link{}, err
+		}
+		if _, err := o.sameNamespace(fd); errors.Is(err, errElsewhere) {
+			break
+		} else if err != nil {
 			return kernel.Link{}, err
 		}
 		if again, _, err := getIff(fd); err == nil && again == name {
 			return link, nil
 		}
 	}
-	return kernel.Link{}, fmt.Errorf("the device is not in this network namespace: %w", unix.ENODEV)
+	return kernel.Link{}, errVanished
 }
+
+// sameNamespace compares the network namespace of the device behind fd with the thread's. Without CAP_NET_ADMIN the kernel
+// does not tell (kernel.md V17).
+func (o *opener) sameNamespace(fd int) (verified bool, err error) {
+	there, err := deviceNetNS(fd)
+	if errors.Is(err, os.ErrPermission) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTTY) {
+		return false, nil // EINVAL and ENOTTY: a kernel before 5.10
+	}
+	if err != nil {
+		return false, fmt.Errorf("read the device's network namespace: %w", err)
+	}
+	defer unix.Close(there)
+	here, err := threadNetNS()
+	if errors.Is(err, os.ErrPermission) {
+		return true, errElsewhere // what is allowed there and not here is not the same
+	}
+	if err != nil {
+		return false, fmt.Errorf("read our network namespace: %w", err)
+	}
+	defer unix.Close(here)
+	var a, b unix.Stat_t
+	if err := errors.Join(unix.Fstat(there, &a), unix.Fstat(here, &b)); err != nil {
+		return false, fmt.Errorf("compare network namespaces: %w", err)
+	}
+	if a.Dev != b.Dev || a.Ino != b.Ino {
+		return true, errElsewhere
+	}
+	return true, nil
+}
+
+var errElsewhere = errors.New("the device lives in another network namespace")
 
 func (o *opener) linkByName(name string) (kernel.Link, error) {
 	return getLink(o.conn, rtnl.GetLinkByName(name))

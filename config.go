@@ -158,12 +158,13 @@ func (v *validator) routes(c *Config) {
 		if !v.route(c, r, field) {
 			continue
 		}
-		if j, ok := seen[r.key()]; ok {
+		key := c.keyOf(r)
+		if j, ok := seen[key]; ok {
 			v.refuse(field, r.Prefix, "prefix, table and metric of Routes[%d] again", j)
 			continue
 		}
-		seen[r.key()] = i
-		p := preference{r.Prefix, r.metric()}
+		seen[key] = i
+		p := preference{r.Prefix, key.Metric}
 		if j, ok := first[p]; !ok {
 			first[p] = i
 		} else if !slices.Equal(r.Via, c.Routes[j].Via) {
@@ -208,7 +209,7 @@ func (v *validator) routePrefix(r *Route, field string) bool {
 }
 
 func (v *validator) gateways(c *Config, r *Route, field string) {
-	isNetwork := func(n netip.Prefix) bool { return n.IsValid() && connectedKey(n) == r.key() }
+	isNetwork := func(n netip.Prefix) bool { return n.IsValid() && connectedKey(n) == c.keyOf(r) }
 	if len(r.Via) > 0 && slices.ContainsFunc(c.Networks, isNetwork) {
 		v.refuse(field+".Via", r.Via, "the network itself is on-link: it has no gateway")
 	}

@@ -15,10 +15,10 @@ import (
 // watchBuffer is the receive buffer asked for: the kernel charges 832 bytes a route event (kernel.md A3).
 const watchBuffer = 4 << 20
 
-// watch listens to what the kernel announces of the device. What it hears are hints: it then looks for itself.
+// watch listens to what the kernel announces of the device, and looks for itself where that may not be all.
 type watch struct {
 	listener *rtnl.Listener
-	seen     kernel.Link   // at the last look; the goroutine's own
+	seen     kernel.Link   // as last told of; the goroutine's own
 	done     chan struct{} // closed when the goroutine is gone; nil before start
 }
 
@@ -59,41 +59,50 @@ func (w *watch) run(d *tunDevice) {
 			return
 		case errors.Is(err, rtnl.ErrOverrun):
 			d.counts.overruns.Add(1)
-			w.linkChanged(d)
-			d.counts.resyncs.Add(1)
-			d.notify(Event{Kind: EventResynced, Err: err})
+			w.listener.Drain() // else a storm means an overrun a message
+			w.resync(d, err)
 		case err != nil:
 			d.note(fmt.Errorf("no longer told of the link's changes: %w", err))
 			return
-		case concerns(messages, d.index):
-			w.linkChanged(d)
+		}
+		for _, m := range messages {
+			w.hear(d, m)
 		}
 	}
 }
 
-// concerns says whether one of the messages is about the interface itself (bridge and address families announce theirs by
-// the same types).
-func concerns(messages []rtnl.Message, index int) bool {
-	for _, m := range messages {
-		if m.Type != unix.RTM_NEWLINK && m.Type != unix.RTM_DELLINK || len(m.Body) == 0 || m.Body[0] != unix.AF_UNSPEC {
-			continue
-		}
-		if link, err := rtnl.DecodeLink(m); err == nil && link.Index == index {
-			return true
-		}
-	}
-	return false
-}
-
-// linkChanged looks at the link and tells of what differs from the last look.
-func (w *watch) linkChanged(d *tunDevice) {
-	is, here := d.look()
-	if !here {
-		if !d.closing.Load() {
-			d.deviceLost()
-		}
+// hear takes note of one announcement. They come in order, so that none between two of ours goes untold.
+func (w *watch) hear(d *tunDevice, m rtnl.Message) {
+	// Bridges and address families announce theirs by the same types.
+	if m.Type != unix.RTM_NEWLINK && m.Type != unix.RTM_DELLINK || len(m.Body) == 0 || m.Body[0] != unix.AF_UNSPEC {
 		return
 	}
+	link, err := rtnl.DecodeLink(m)
+	switch {
+	case err != nil || link.Index != d.index || d.lost.Load():
+	case m.Type == unix.RTM_DELLINK: // deleted or moved away: what has the number next is another's
+		d.deviceLost()
+	default:
+		w.saw(d, link)
+	}
+}
+
+// resync looks for itself, because announcements were lost.
+func (w *watch) resync(d *tunDevice, cause error) {
+	switch link, err := d.ownLink(d.view); {
+	case d.alive() != nil:
+		return
+	case errors.Is(err, ErrGone), errors.Is(err, unix.ENODEV):
+		d.deviceLost()
+	case err == nil:
+		w.saw(d, link)
+	}
+	d.counts.resyncs.Add(1)
+	d.notify(Event{Kind: EventResynced, Err: cause})
+}
+
+// saw tells of what differs from what was seen last.
+func (w *watch) saw(d *tunDevice, is kernel.Link) {
 	for _, kind := range linkEvents(w.seen, is) {
 		d.notify(Event{Kind: kind})
 	}
@@ -124,7 +133,7 @@ func (d *tunDevice) deviceLost() {
 		return
 	}
 	e := Event{Kind: EventGone}
-	if len(d.queues) > 0 && !d.queues[0].deleted() {
+	if name, err := d.reached(); errors.Is(err, errMoved) || err == nil && name != "" {
 		e.Err = errMoved
 	}
 	d.notify(e)

@@ -1,12 +1,14 @@
 package overlay
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,55 +18,85 @@ const (
 	nodeMode  = unix.S_IFCHR | 0o600
 	nodeMajor = 10
 	nodeMinor = 200
+	nodeTries = 3 // somebody may take away what somebody else makes
 )
 
 // openNode opens /dev/net/tun, making it where it is missing. The caller closes the descriptor.
 func openNode() (int, error) {
 	fd, err := unix.Open(nodePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if errors.Is(err, unix.ENOENT) {
-		if err := makeNode(); err != nil {
-			return -1, opError("open "+nodePath, "", fmt.Errorf("no such node, and making it failed: %w", err))
+	for try := 1; errors.Is(err, unix.ENOENT) && try < nodeTries; try++ {
+		if err = makeNode(); err != nil {
+			return -1, opError("open "+nodePath, "", fmt.Errorf("there is none, and making it failed: %w", err))
 		}
 		fd, err = unix.Open(nodePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	}
 	if err != nil {
 		return -1, opError("open "+nodePath, "", explainNode(err))
 	}
-	if err := checkNode(fd); err != nil {
+	var stat unix.Stat_t
+	if err = unix.Fstat(fd, &stat); err == nil && !isNode(&stat) {
+		err = errNotNode
+	}
+	if err != nil {
 		unix.Close(fd)
 		return -1, opError("open "+nodePath, "", err)
 	}
 	return fd, nil
 }
 
-// makeNode makes the node as containers need it. Whoever makes it first wins: mknod follows no link and replaces nothing,
-// and what then stands there is checked after opening.
-func makeNode() error {
-	if err := unix.Mkdir(filepath.Dir(nodePath), 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
-		return err
+// openNodes opens the node n times. All that may fail for want of descriptors fails here, before any device is touched.
+func openNodes(n int) ([]int, error) {
+	fds := make([]int, 0, n)
+	for range n {
+		fd, err := openNode()
+		if err != nil {
+			for _, fd := range fds {
+				unix.Close(fd)
+			}
+			return nil, err
+		}
+		fds = append(fds, fd)
 	}
-	err := unix.Mknod(nodePath, nodeMode, int(unix.Mkdev(nodeMajor, nodeMinor)))
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return needs(err, "CAP_MKNOD in the first user namespace")
-	}
-	return nil
+	return fds, nil
 }
 
-// checkNode refuses what is no TUN node: a file that somebody planted would swallow the ioctls' meaning.
-func checkNode(fd int) error {
-	var stat unix.Stat_t
-	if err := unix.Fstat(fd, &stat); err != nil {
-		return err
+// makeNode makes the node as containers need it. Whoever makes it first wins: mknod follows no link and replaces nothing,
+// and what then stands there is checked after opening. On error a directory made for the node is taken away again.
+func makeNode() error {
+	dir := filepath.Dir(nodePath)
+	made := unix.Mkdir(dir, 0o755)
+	if made != nil && !errors.Is(made, unix.EEXIST) {
+		return needs(fmt.Errorf("make %s: %w", dir, made), "the right to write to "+filepath.Dir(dir))
 	}
-	if stat.Mode&unix.S_IFMT != unix.S_IFCHR || uint64(stat.Rdev) != unix.Mkdev(nodeMajor, nodeMinor) {
-		return fmt.Errorf("not the TUN node, which is character device %d:%d", nodeMajor, nodeMinor)
+	err := unix.Mknod(nodePath, nodeMode, int(unix.Mkdev(nodeMajor, nodeMinor)))
+	if err == nil || errors.Is(err, unix.EEXIST) {
+		return nil
 	}
-	return nil
+	if made == nil {
+		_ = unix.Rmdir(dir) // not empty: somebody uses it by now
+	}
+	if errors.Is(err, unix.ENOENT) {
+		return nil // somebody else took the directory away: the caller tries again
+	}
+	return needs(err, "CAP_MKNOD in the first user namespace and the right to write to "+dir)
+}
+
+var errNotNode = fmt.Errorf("not the TUN node, which is character device %d:%d", nodeMajor, nodeMinor)
+
+// isNode tells the TUN node from what somebody planted in its place, which would give the ioctls another meaning.
+func isNode(stat *unix.Stat_t) bool {
+	return stat.Mode&unix.S_IFMT == unix.S_IFCHR && uint64(stat.Rdev) == unix.Mkdev(nodeMajor, nodeMinor)
 }
 
 // explainNode says what an errno of opening the node means.
 func explainNode(err error) error {
+	var stat unix.Stat_t
+	if unix.Stat(nodePath, &stat) == nil && !isNode(&stat) {
+		return fmt.Errorf("%w (%w)", errNotNode, err)
+	}
 	switch {
+	case errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("a link that leads nowhere: %w", err)
 	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		return fmt.Errorf("the kernel has no TUN driver (module tun): %w", err)
 	case errors.Is(err, unix.EACCES):
@@ -81,55 +113,77 @@ func describeNode() string {
 	if unix.Stat(nodePath, &stat) != nil {
 		return "its directory is closed"
 	}
-	return fmt.Sprintf("its mode is %04o, its owner %d:%d", stat.Mode&0o7777, stat.Uid, stat.Gid)
+	text := fmt.Sprintf("its mode is %04o, its owner %d:%d", stat.Mode&0o7777, stat.Uid, stat.Gid)
+	var fs unix.Statfs_t
+	if unix.Statfs(nodePath, &fs) == nil && fs.Flags&unix.ST_NODEV != 0 {
+		text += ", and its file system is mounted nodev"
+	}
+	return text
 }
 
 // busy explains EBUSY, naming the processes that hold the device where /proc tells (kernel.md U23).
 func busy(name string, err error) error {
-	holders := holdersOf(name)
-	if len(holders) == 0 {
-		return fmt.Errorf("%w (%w)", ErrBusy, err)
+	here, elsewhere := holdersOf(name)
+	switch {
+	case len(here) > 0:
+		return fmt.Errorf("%w by %s (%w)", ErrBusy, strings.Join(here, ", "), err)
+	case len(elsewhere) > 0:
+		return fmt.Errorf("%w, perhaps by %s, from another network namespace (%w)", ErrBusy, strings.Join(elsewhere, ", "), err)
 	}
-	return fmt.Errorf("%w by %s (%w)", ErrBusy, strings.Join(holders, ", "), err)
+	return fmt.Errorf("%w (%w)", ErrBusy, err)
 }
 
-// holdersOf lists processes, ourselves included, with a descriptor of the TUN device called name, in this network namespace
-// as far as one can see.
-func holdersOf(name string) []string {
-	files, _ := filepath.Glob("/proc/[0-9]*/fdinfo/[0-9]*") // the pattern is well-formed: no error
-	here, _ := os.Readlink("/proc/thread-self/ns/net")
-	var holders []string
-	seen := make(map[string]bool)
-	for _, file := range files {
-		process := strings.Split(file, "/")[2]
-		if seen[process] {
+// holdersOf lists the processes, ourselves included, that have a descriptor of a TUN device called name. A process may hold
+// a device of a namespace that it is not in, so those outside the calling thread's are listed too, but apart: theirs may be
+// another device of that name.
+func holdersOf(name string) (here, elsewhere []string) {
+	entries, _ := os.ReadDir("/proc") // none: nothing to tell
+	ours, _ := os.Readlink("/proc/thread-self/ns/net")
+	for _, e := range entries {
+		if _, err := strconv.Atoi(e.Name()); err != nil || !holds(e.Name(), name) {
 			continue
 		}
-		link, err := os.Readlink(filepath.Join(filepath.Dir(filepath.Dir(file)), "fd", filepath.Base(file)))
-		if err != nil || link != nodePath {
-			continue
+		if theirs, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/net")); err == nil && theirs == ours {
+			here = append(here, describeProcess(e.Name()))
+		} else {
+			elsewhere = append(elsewhere, describeProcess(e.Name()))
 		}
-		text, err := os.ReadFile(file)
-		if err != nil || !strings.Contains(string(text)+"\n", "iff:\t"+name+"\n") {
-			continue
-		}
-		there, err := os.Readlink(filepath.Join("/proc", process, "ns/net"))
-		if err == nil && there != here {
-			continue
-		}
-		seen[process] = true
-		holders = append(holders, describeProcess(process))
 	}
-	return holders
+	return here, elsewhere
 }
 
+// holds says whether one of the process's descriptors is of a TUN device called name. Where the node is seems to depend on
+// who looks (another mount namespace), so the path only spares us reading about all other descriptors.
+func holds(process, name string) bool {
+	dir := filepath.Join("/proc", process)
+	entries, _ := os.ReadDir(filepath.Join(dir, "fd")) // none: not for us to see
+	for _, e := range entries {
+		link, err := os.Readlink(filepath.Join(dir, "fd", e.Name()))
+		if err != nil || !strings.Contains(link, "tun") {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(dir, "fdinfo", e.Name()))
+		if err == nil && bytes.Contains(text, []byte("iff:\t"+name+"\n")) {
+			return true
+		}
+	}
+	return false
+}
+
+// describeProcess names a process; what it calls itself is not trusted.
 func describeProcess(process string) string {
-	if process == strconv.Itoa(os.Getpid()) {
+	if self, _ := os.Readlink("/proc/self"); process == self { // not Getpid: this /proc may be another pid namespace's
 		return "this process"
 	}
-	name, err := os.ReadFile(filepath.Join("/proc", process, "comm"))
+	comm, err := os.ReadFile(filepath.Join("/proc", process, "comm"))
 	if err != nil {
 		return "process " + process
 	}
-	return fmt.Sprintf("process %s (%s)", process, strings.TrimSpace(string(name)))
+	printable := strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, strings.TrimSuffix(string(comm), "\n"))
+	return fmt.Sprintf("process %s (%s)", process, printable)
 }

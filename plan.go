@@ -6,7 +6,6 @@ import (
 	"slices"
 
 	"example.com/overlay/internal/kernel"
-	"github.com/gaissmai/bart"
 )
 
 // observed is what the kernel holds for the device.
@@ -38,34 +37,20 @@ type step struct {
 	addr     kernel.Addr
 	route    kernel.Route
 	optional bool // its failure is an EventDegraded
+	now      bool // of addr_gen_mode: make the link-local address at once, not at the next link up
+	exact    bool // of stepDelRoute: this one, not an older one of the same key
 }
-
-// setting is a per-device setting by the path of its sysctl: family/name.
-type setting string
-
-// The settings of law 11. Those of IPv4 and the address generation mode can be set by netlink, the others only through procfs.
-const (
-	settingIPv4Redirects   setting = "ipv4/accept_redirects"
-	settingIPv4Sends       setting = "ipv4/send_redirects"
-	settingIPv4SourceRoute setting = "ipv4/accept_source_route"
-	settingIPv4Promote     setting = "ipv4/promote_secondaries"
-	settingIPv6AddrGen     setting = "ipv6/addr_gen_mode"
-	settingIPv6RA          setting = "ipv6/accept_ra"
-	settingIPv6Autoconf    setting = "ipv6/autoconf"
-	settingIPv6Redirects   setting = "ipv6/accept_redirects"
-	settingIPv6SourceRoute setting = "ipv6/accept_source_route"
-)
 
 // inverse is the step that takes s back.
 func (s step) inverse() step {
-	s.to, s.from = s.from, s.to
+	s.to, s.from, s.now, s.exact = s.from, s.to, false, false
 	switch s.kind {
 	case stepAddAddr:
 		s.kind = stepDelAddr
 	case stepDelAddr:
 		s.kind = stepAddAddr
 	case stepAddRoute:
-		s.kind = stepDelRoute
+		s.kind, s.exact = stepDelRoute, s.route.Prefix.Addr().Is4() && s.route.Message == ""
 	case stepDelRoute:
 		s.kind = stepAddRoute
 	}
@@ -102,14 +87,16 @@ func routeText(r kernel.Route) string {
 	return fmt.Sprintf("%v metric %d table %d mtu %d proto %d", r.Prefix, r.Metric, r.Table, r.MTU, r.Protocol)
 }
 
-// plan returns the steps from have to want, in the order in which the kernel takes them without harm: link settings,
-// hardening before any address, the link up before routes, and old addresses last: with them go the IPv4 routes that name them
-// as source, so ours name the new ones by then (kernel.md V7). Nothing that holds is written.
+// plan returns the steps from have to want, in the order in which the kernel takes them without harm: hardening before any
+// address, the link up before routes, and old addresses late: with them go the IPv4 routes that name them as source, so ours
+// name the new ones by then (kernel.md V7). The device's MTU is the first to grow and the last to shrink: no route ever promises
+// more than it carries, and what goes when it falls below 1280 has been taken back one by one. Nothing that holds is written.
 func plan(have *observed, want *desired) []step {
 	var steps []step
-	if have.link.MTU != want.mtu {
-		steps = append(steps, step{kind: stepMTU, to: want.mtu, from: have.link.MTU})
-		if have.link.IPv6 == nil && want.mtu >= minIPv6MTU {
+	mtu := step{kind: stepMTU, to: want.mtu, from: have.link.MTU}
+	if mtu.from < mtu.to {
+		steps = append(steps, mtu)
+		if mtu.from < minIPv6MTU && mtu.to >= minIPv6MTU {
 			// The kernel gives the device its IPv6 settings back, with their defaults: look again before going on (kernel.md V9).
 			return steps
 		}
@@ -117,203 +104,264 @@ func plan(have *observed, want *desired) []step {
 	if have.link.TxQueueLen != want.txQueueLen {
 		steps = append(steps, step{kind: stepTxQueueLen, to: want.txQueueLen, from: have.link.TxQueueLen, optional: true})
 	}
-	steps = append(steps, planHardening(&have.link, want.linkLocal)...)
-	add, remove := planAddresses(have.addresses, want)
-	steps = append(steps, add...)
+	come, gone, promotes := planAddresses(have.addresses, want)
+	steps = append(steps, planHardening(&have.link, want, promotes)...)
+	steps = append(steps, come...)
 	if !have.link.Up {
 		steps = append(steps, step{kind: stepUp, to: 1})
 	}
-	steps = append(steps, planRoutes(have, want)...)
-	return append(steps, remove...)
-}
-
-// planHardening makes the device deaf to redirects, router advertisements and source routes, and lets an IPv4 primary
-// address go without its secondaries (kernel.md V7, V8, V9).
-func planHardening(link *kernel.Link, linkLocal bool) []step {
-	var steps []step
-	set := func(name setting, is, wanted int) {
-		if is != wanted {
-			steps = append(steps, step{kind: stepSetting, setting: name, to: wanted, from: is, optional: true})
-		}
-	}
-	if v4 := link.IPv4; v4 != nil {
-		set(settingIPv4Redirects, v4.AcceptRedirects, 0)
-		set(settingIPv4Sends, v4.SendRedirects, 0)
-		set(settingIPv4SourceRoute, v4.AcceptSourceRoute, 0)
-		set(settingIPv4Promote, v4.PromoteSecondaries, 1)
-	}
-	if v6 := link.IPv6; v6 != nil {
-		switch {
-		case !linkLocal:
-			set(settingIPv6AddrGen, v6.AddrGenMode, kernel.AddrGenNone)
-		case v6.AddrGenMode == kernel.AddrGenNone:
-			set(settingIPv6AddrGen, v6.AddrGenMode, kernel.AddrGenEUI64)
-		}
-		set(settingIPv6RA, v6.AcceptRA, 0)
-		set(settingIPv6Autoconf, v6.Autoconf, 0)
-		set(settingIPv6Redirects, v6.AcceptRedirects, 0)
-		set(settingIPv6SourceRoute, v6.AcceptSourceRoute, 0)
+	steps = append(steps, planRoutes(have.routes, want)...)
+	steps = append(steps, gone...)
+	if mtu.from > mtu.to {
+		steps = append(steps, mtu)
 	}
 	return steps
 }
 
 // planAddresses adds what is missing, and removes what is ours and stale, the kernel's link-local address unless wanted, and,
-// with TakeAddresses, all else. An IPv6 address that only changes its length must go first (V7).
-func planAddresses(have []kernel.Addr, want *desired) (add, remove []step) {
-	holds := make(map[netip.Prefix]bool, len(have))
+// with TakeAddresses, all else. promotes: a primary address goes and leaves others of its network behind.
+func planAddresses(have []kernel.Addr, want *desired) (come, gone []step, promotes bool) {
+	var stale, stay []kernel.Addr
 	for _, a := range have {
-		holds[a.Prefix] = true
-	}
-	wanted := make(map[netip.Prefix]bool, len(want.addresses))
-	for _, a := range want.addresses {
-		wanted[a.Prefix] = true
-	}
-	stale := make(map[netip.Addr]step)
-	for _, a := range have {
-		if wanted[a.Prefix] || !removable(a, want) {
-			continue
+		if !want.names(a) && removable(a, want) {
+			stale = append(stale, a)
+		} else {
+			stay = append(stay, a)
 		}
-		s := step{kind: stepDelAddr, addr: a}
-		if a.Prefix.Addr().Is6() {
-			stale[a.Prefix.Addr()] = s
-			continue
-		}
-		remove = append(remove, s)
 	}
 	for _, a := range want.addresses {
-		if holds[a.Prefix] {
+		if slices.ContainsFunc(stay, a.Same) {
 			continue
 		}
-		if s, ok := stale[a.Prefix.Addr()]; ok {
-			add = append(add, s)
-			delete(stale, a.Prefix.Addr())
+		if i := slices.IndexFunc(stale, func(h kernel.Addr) bool { return excludes(h, a) }); i >= 0 {
+			come = append(come, step{kind: stepDelAddr, addr: stale[i]})
+			stale = slices.Delete(stale, i, i+1)
 		}
-		add = append(add, step{kind: stepAddAddr, addr: a})
+		come = append(come, step{kind: stepAddAddr, addr: a})
+		stay = append(stay, a)
 	}
-	for _, a := range have { // in the kernel's order, not the map's
-		if s, ok := stale[a.Prefix.Addr()]; ok && s.addr == a {
-			remove = append(remove, s)
-		}
+	gone, promotes = planRemovals(stale, stay, want.protocol)
+	return come, gone, promotes
+}
+
+// names says whether a is among the wanted addresses.
+func (d *desired) names(a kernel.Addr) bool {
+	return slices.ContainsFunc(d.addresses, a.Same)
+}
+
+// excludes says whether the kernel refuses a as long as it has the other address h: an IPv6 address cannot be held with two
+// lengths (kernel.md V7), and an IPv4 address not twice in one network.
+func excludes(h, a kernel.Addr) bool {
+	if h.Prefix.Addr() != a.Prefix.Addr() || h.Same(a) {
+		return false
 	}
-	return add, remove
+	return a.Prefix.Addr().Is6() || networkOf(h) == networkOf(a)
+}
+
+// networkOf is what the kernel compares to find an address's primary.
+func networkOf(a kernel.Addr) netip.Prefix {
+	if a.Peer.IsValid() {
+		return netip.PrefixFrom(a.Peer, a.Prefix.Bits()).Masked()
+	}
+	return a.Prefix.Masked()
 }
 
 // removable says whether an address that is not wanted may go.
 func removable(a kernel.Addr, want *desired) bool {
+	linkLocal := a.Prefix.Addr().Is6() && a.Prefix.Addr().IsLinkLocalUnicast()
 	switch {
 	case a.Protocol == want.protocol:
 		return true
-	case a.Prefix.Addr().Is6() && a.Prefix.Addr().IsLinkLocalUnicast() && a.Protocol == kernel.AddrProtoKernelLink:
-		return !want.linkLocal
+	case a.Protocol == 0 && want.added[a.Prefix]:
+		return true // by a kernel before 5.18, which keeps no protocol
+	case linkLocal && want.linkLocal:
+		return false
+	case linkLocal && a.Protocol == kernel.AddrProtoKernelLink:
+		return true
 	}
 	return want.takeAddresses
 }
 
+// planRemovals removes addresses. When an IPv4 primary goes the kernel moves what stays of its network to a new primary, and
+// for an instant none of it is local; the same addresses with another length bridge that (kernel.md V7).
+func planRemovals(stale, stay []kernel.Addr, protocol uint8) (steps []step, promotes bool) {
+	slices.SortStableFunc(stale, func(a, b kernel.Addr) int { // secondaries first: no use in promoting what is to go
+		return compareBool(b.Secondary, a.Secondary)
+	})
+	var bridge, out, end []step
+	for _, a := range stale {
+		out = append(out, step{kind: stepDelAddr, addr: a})
+		for _, c := range companionsOf(a, stay, protocol) {
+			bridge = append(bridge, step{kind: stepAddAddr, addr: c})
+			end = append(end, step{kind: stepDelAddr, addr: c})
+		}
+	}
+	return slices.Concat(bridge, out, end), len(bridge) > 0
+}
+
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}
+
+// companionsOf returns a companion for each address that loses its primary when a goes.
+func companionsOf(a kernel.Addr, stay []kernel.Addr, protocol uint8) []kernel.Addr {
+	if a.Secondary || a.Prefix.Addr().Is6() {
+		return nil
+	}
+	var companions []kernel.Addr
+	for _, s := range stay {
+		c := companion(s, protocol)
+		if networkOf(s) == networkOf(a) && !slices.ContainsFunc(stay, c.Same) {
+			companions = append(companions, c)
+		}
+	}
+	return companions
+}
+
+// companion is the same address with another length.
+func companion(a kernel.Addr, protocol uint8) kernel.Addr {
+	bits := 32
+	if a.Prefix.Bits() == bits {
+		bits = 31
+	}
+	return kernel.Addr{Prefix: netip.PrefixFrom(a.Prefix.Addr(), bits), Protocol: protocol, NoPrefixRoute: true}
+}
+
 // planRoutes adds what is missing, exchanges what differs, and removes what is ours and stale.
-func planRoutes(have *observed, want *desired) []step {
-	held := make(map[kernel.RouteKey][]kernel.Route, len(have.routes))
-	for _, r := range have.routes {
+func planRoutes(have []kernel.Route, want *desired) []step {
+	held := make(map[kernel.RouteKey][]kernel.Route, len(have))
+	for _, r := range have {
 		held[r.RouteKey] = append(held[r.RouteKey], r)
 	}
-	var steps, stale []step
 	wanted := make(map[kernel.RouteKey]bool, len(want.routes))
 	for _, r := range want.routes {
 		wanted[r.RouteKey] = true
-		steps = append(steps, planRoute(held, have.link.MTU, r, want)...)
 	}
-	for _, r := range have.routes {
+	taken := func(k kernel.RouteKey) bool { return wanted[k] || held[k] != nil }
+	var x exchange
+	for _, r := range want.routes {
+		x.plan(held[r.RouteKey], r, want, taken)
+	}
+	for _, r := range have {
 		if r.Protocol == want.protocol && !wanted[r.RouteKey] {
-			stale = append(stale, step{kind: stepDelRoute, route: r})
+			x.out = append(x.out, r)
 		}
 	}
-	return append(steps, stale...)
+	return x.steps()
 }
 
-// planRoute brings one key in order. Ours and, for a network of ours, the kernel's own prefix route count; a stranger's with the
-// same key stays, and ours goes behind it.
-func planRoute(held map[kernel.RouteKey][]kernel.Route, deviceMTU int, r kernel.Route, want *desired) []step {
-	var ours, kernels []kernel.Route
-	good := false // some route does what r shall do
-	for _, h := range held[r.RouteKey] {
-		same := sameRoute(h, r, deviceMTU, want)
-		switch {
-		case h.Protocol == want.protocol:
-			good = good || same
-			ours = append(ours, h)
-		case h.Protocol == kernel.ProtoKernel && isConnected(r.RouteKey, want):
-			if same {
-				good = true
-				continue
-			}
-			kernels = append(kernels, h)
-		}
-	}
-	switch {
-	case good && len(ours) <= 1:
-		return deletions(kernels)
-	case len(ours)+len(kernels) == 0, r.Prefix.Addr().Is4() && len(ours) <= 1:
-		// Appended, then the old one from the front: the prefix is never without a route.
-		return append([]step{{kind: stepAddRoute, route: r}}, deletions(append(ours, kernels...))...)
-	}
-	// IPv6 cannot hold a second route of the same device and metric (kernel.md V3), and of several alike in IPv4 none can be
-	// named alone: so one stands in at a metric that nobody uses.
-	spare := r
-	for spare.Metric++; held[spare.RouteKey] != nil; spare.Metric++ {
-	}
-	steps := append([]step{{kind: stepAddRoute, route: spare}}, deletions(append(ours, kernels...))...)
-	return append(steps, step{kind: stepAddRoute, route: r}, step{kind: stepDelRoute, route: spare})
-}
+// exchange collects routes that come, those that go then, those that come in their place, and those that stood in for them.
+type exchange struct{ in, out, then, end []kernel.Route }
 
-func deletions(routes []kernel.Route) []step {
+func (x *exchange) steps() []step {
 	var steps []step
-	for _, r := range routes {
-		steps = append(steps, step{kind: stepDelRoute, route: r})
+	list := func(kind stepKind, routes []kernel.Route) {
+		for _, r := range routes {
+			steps = append(steps, step{kind: kind, route: r})
+		}
 	}
+	list(stepAddRoute, x.in)
+	list(stepDelRoute, x.out)
+	list(stepAddRoute, x.then)
+	list(stepDelRoute, x.end)
 	return steps
 }
 
-func isConnected(key kernel.RouteKey, want *desired) bool {
-	return slices.ContainsFunc(want.addresses, func(a kernel.Addr) bool { return connectedKey(a.Prefix) == key })
-}
-
-// sameRoute says whether have does what want asks. The kernel's own prefix route does where the device's MTU is the one
-// wanted: then its MSS is right too, and a device that an administrator prepared needs no change (kernel.md U25, V11).
-func sameRoute(have, want kernel.Route, deviceMTU int, d *desired) bool {
-	if have.Protocol == kernel.ProtoKernel && d.protocol != kernel.ProtoKernel {
-		return have.Plain && have.MTU == 0 && have.MSS == 0 && uint32(deviceMTU) == want.MTU
-	}
-	return have.Plain && have.MTU == want.MTU && have.MSS == want.MSS && have.Source == want.Source
-}
-
-// probes finds for each of the prefixes that d installs an address by which to ask who answers for it.
-type probes struct {
-	own  map[netip.Addr]bool
-	tree bart.Lite // what d installs
-}
-
-func (d *desired) probes() *probes {
-	p := &probes{own: make(map[netip.Addr]bool, len(d.addresses))}
-	for _, a := range d.addresses {
-		p.own[a.Prefix.Addr()] = true
-	}
-	for _, r := range d.routes {
-		p.tree.Insert(r.Prefix)
-	}
-	return p
-}
-
-// of returns an address inside prefix that no longer prefix of ours covers; false if the first few are all covered.
-func (p *probes) of(prefix netip.Prefix) (netip.Addr, bool) {
-	const tries = 16
-	addr := prefix.Addr()
-	if !prefix.IsSingleIP() {
-		addr = addr.Next() // the first may be a broadcast or anycast address
-	}
-	for try := 0; try < tries && prefix.Contains(addr); addr, try = addr.Next(), try+1 {
-		longest, _ := p.tree.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
-		if longest == prefix && !p.own[addr] {
-			return addr, true
+// plan brings one key in order. Whoever's route comes first there and does what r shall do, does. Else ours takes its
+// place, before the kernel's own prefix route for a network of ours and behind a stranger's, which stays (kernel.md V11, V12).
+func (x *exchange) plan(held []kernel.Route, r kernel.Route, want *desired, taken func(kernel.RouteKey) bool) {
+	var ours, kernels []kernel.Route
+	right := len(held) > 0 && want.does(held[0], r) // the first is the one that the kernel uses
+	for _, h := range held {
+		switch {
+		case h.Protocol == want.protocol:
+			ours = append(ours, h)
+		case h.Protocol == kernel.ProtoKernel && want.isConnected(r.RouteKey):
+			kernels = append(kernels, h)
 		}
 	}
-	return netip.Addr{}, false
+	old := slices.Concat(ours, kernels)
+	switch {
+	case len(ours) == 1 && want.does(ours[0], r):
+		if !right {
+			x.out = append(x.out, kernels...)
+		}
+	case right && held[0].Protocol != want.protocol:
+		x.out = append(x.out, ours...)
+	case len(old) == 0 && len(held) > 0 && r.Prefix.Addr().Is6():
+		// A stranger's: IPv6 has no room for ours beside it (kernel.md V3).
+	case len(old) == 0, r.Prefix.Addr().Is4() && len(ours) <= 1:
+		// Behind the old one, which then goes from the front: the prefix is never without a route.
+		x.in, x.out = append(x.in, r), append(x.out, old...)
+	default:
+		// IPv6 cannot hold a second route of the same device and metric (kernel.md V3), and of several alike in IPv4 none can
+		// be named alone: so one stands in at a metric that nobody uses.
+		spare := r
+		spare.RouteKey = spareKey(r.RouteKey, taken)
+		x.in, x.out = append(x.in, spare), append(x.out, old...)
+		x.then, x.end = append(x.then, r), append(x.end, spare)
+	}
+}
+
+// spareKey finds a free metric, a lower one if there is: then nobody else's route comes between.
+func spareKey(key kernel.RouteKey, taken func(kernel.RouteKey) bool) kernel.RouteKey {
+	spare := key
+	for spare.Metric > 1 {
+		if spare.Metric--; !taken(spare) {
+			return spare
+		}
+	}
+	for spare = key; taken(spare); spare.Metric++ {
+	}
+	return spare
+}
+
+// isConnected says whether key is the route to a network of ours.
+func (d *desired) isConnected(key kernel.RouteKey) bool {
+	return slices.ContainsFunc(d.addresses, func(a kernel.Addr) bool { return connectedKey(a.Prefix) == key })
+}
+
+// does says whether have does what want asks. Another's, such as the kernel's own prefix route, does without our attributes
+// where the device's MTU says the same: a device that an administrator prepared needs no change (kernel.md U25, V11).
+func (d *desired) does(have, want kernel.Route) bool {
+	if have.Protocol == d.protocol {
+		return have.Plain && have.MTU == want.MTU && have.MSS == want.MSS && have.Source == want.Source
+	}
+	mtu := have.MTU
+	if mtu == 0 {
+		mtu = routeMTULimit(d.mtu)
+	}
+	return have.Plain && mtu == want.MTU && (have.MSS == 0 || have.MSS == want.MSS) &&
+		(have.Source == want.Source || !want.Source.IsValid())
+}
+
+// obstacle says why no steps lead from have to want without harm to what is others', or nil.
+func obstacle(have *observed, want *desired) error {
+	if want.ipv6 && have.link.IPv6 != nil && have.link.IPv6.Disabled {
+		return fmt.Errorf("%w: net.ipv6.conf.%s.disable_ipv6 is set", ErrIPv6Disabled, have.link.Name)
+	}
+	losesIPv6 := want.mtu < minIPv6MTU && have.link.IPv6 != nil
+	for _, a := range have.addresses {
+		if want.names(a) || removable(a, want) {
+			continue
+		}
+		if i := slices.IndexFunc(want.addresses, func(w kernel.Addr) bool { return excludes(a, w) }); i >= 0 {
+			return fmt.Errorf("add address %v: another's %v is in the way: remove it, or set TakeAddresses", want.addresses[i].Prefix, a.Prefix)
+		}
+		if losesIPv6 && a.Prefix.Addr().Is6() && a.Protocol != kernel.AddrProtoKernelLink {
+			return fmt.Errorf("set MTU %d: another's %v would go: remove it, or set TakeAddresses", want.mtu, a.Prefix)
+		}
+	}
+	for _, r := range have.routes {
+		if losesIPv6 && r.Prefix.Addr().Is6() && r.Protocol != want.protocol && r.Protocol != kernel.ProtoKernel {
+			return fmt.Errorf("set MTU %d: another's route %v would go: remove it first", want.mtu, r.Prefix)
+		}
+	}
+	return nil
 }

@@ -35,6 +35,18 @@ func (r *Route) key() kernel.RouteKey {
 	return kernel.RouteKey{Prefix: r.Prefix, Table: r.table(), Metric: r.metric()}
 }
 
+// keyOf is the key of one of c's routes: that of the connected route if it names a network of ours and no metric.
+func (c *Config) keyOf(r *Route) kernel.RouteKey {
+	if r.Metric == 0 && r.table() == kernel.TableMain {
+		for _, network := range c.Networks {
+			if network.IsValid() && network.Masked() == r.Prefix {
+				return connectedKey(network)
+			}
+		}
+	}
+	return r.key()
+}
+
 // Metrics that the kernel gives to what names none.
 const (
 	defaultMetricIPv6   = 1024
@@ -50,6 +62,14 @@ func connectedKey(network netip.Prefix) kernel.RouteKey {
 	return key
 }
 
+// The kernel cuts larger values of a route down to these (ip_metrics_convert in net/ipv4/metrics.c).
+const (
+	maxRouteMTU = 65535 - 15
+	maxRouteMSS = 65535 - 40
+)
+
+func routeMTULimit(mtu int) uint32 { return uint32(min(mtu, maxRouteMTU)) }
+
 // desired is all that the kernel shall hold for a Config.
 type desired struct {
 	mtu, txQueueLen int
@@ -58,7 +78,8 @@ type desired struct {
 	protocol        uint8
 	ipv6            bool // something of it needs IPv6
 	addresses       []kernel.Addr
-	routes          []kernel.Route // networks, then Config.Routes that are installed
+	routes          []kernel.Route        // networks, then Config.Routes that are installed
+	added           map[netip.Prefix]bool // addresses that the device has added in its life
 }
 
 // desire works out what a valid Config asks of the kernel.
@@ -70,17 +91,16 @@ func desire(c *Config, link int) desired {
 	if d.txQueueLen == 0 {
 		d.txQueueLen = defaultTxQueueLen
 	}
+	// A Route for the network itself says its MTU, and of two addresses in one network the first names the source.
 	own := make(map[kernel.RouteKey]bool, len(c.Routes))
 	for i := range c.Routes {
-		own[c.Routes[i].key()] = true
+		own[c.keyOf(&c.Routes[i])] = true
 	}
 	for _, network := range c.Networks {
 		d.ipv6 = d.ipv6 || network.Addr().Is6()
 		d.addresses = append(d.addresses, kernel.Addr{Prefix: network, Protocol: d.protocol, NoPrefixRoute: true})
 		key := connectedKey(network)
-		// A single host needs no route: the kernel's local table has it. A Route for the network itself says its MTU, and
-		// of two addresses in one network the first names the source.
-		if network.IsSingleIP() || own[key] {
+		if network.IsSingleIP() || own[key] { // a single host needs no route: the kernel's local table has it
 			continue
 		}
 		own[key] = true
@@ -92,7 +112,7 @@ func desire(c *Config, link int) desired {
 			continue
 		}
 		d.ipv6 = d.ipv6 || r.Prefix.Addr().Is6()
-		d.routes = append(d.routes, d.route(c, r.key(), link, c.routeMTU(r)))
+		d.routes = append(d.routes, d.route(c, c.keyOf(r), link, c.routeMTU(r)))
 	}
 	return d
 }
@@ -100,9 +120,10 @@ func desire(c *Config, link int) desired {
 // route is the kernel's form of a route of ours. Gateways are no part of it: on a TUN the kernel hands every packet to the
 // program, which picks the gateway.
 func (d *desired) route(c *Config, key kernel.RouteKey, link, mtu int) kernel.Route {
+	size := routeMTULimit(mtu)
 	return kernel.Route{
-		RouteKey: key, Protocol: d.protocol, Link: link, Plain: true,
-		Source: sourceFor(c, key), MTU: uint32(mtu), MSS: uint32(segmentSize(key.Prefix, mtu)),
+		RouteKey: key, Protocol: d.protocol, Link: link, Plain: true, Source: sourceFor(c, key),
+		MTU: size, MSS: min(uint32(segmentSize(key.Prefix, int(size))), maxRouteMSS),
 	}
 }
 

@@ -54,7 +54,7 @@ func newSnapshot(c *Config, pool *gatewayPool) *snapshot {
 	var offers []offer
 	for i := range c.Routes {
 		r := &c.Routes[i]
-		offers = append(offers, offer{key: r.key(), via: r.Via})
+		offers = append(offers, offer{key: c.keyOf(r), via: r.Via})
 	}
 	for _, network := range c.Networks {
 		offers = append(offers, offer{key: connectedKey(network)})

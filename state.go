@@ -109,5 +109,5 @@ func (s State) writeRoute(b *strings.Builder, r *Route) {
 		install = " steer-only"
 	}
 	fmt.Fprintf(b, "route %v %s layer static metric %d table %d mtu %d mss %d%s\n",
-		r.Prefix, via, r.metric(), r.table(), mtu, segmentSize(r.Prefix, mtu), install)
+		r.Prefix, via, s.report.config.keyOf(r).Metric, r.table(), mtu, segmentSize(r.Prefix, mtu), install)
 }

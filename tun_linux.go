@@ -66,6 +66,7 @@ type tunDevice struct {
 	queues     []*tunQueue
 	adopted    bool
 	unverified bool
+	home       netnsID      // the namespace of ctl and view
 	procfs     int          // directory /proc/sys/net/ipv6/conf; -1: none
 	watch      *watch       // nil: the kernel lets us not listen
 	bare       atomic.Bool  // Config.NoFilter
@@ -80,6 +81,7 @@ type tunDevice struct {
 	mu     sync.Mutex // one of Activate, Reload, Close at a time
 	cfg    Config     // in force; written with mu and viewMu held
 	active bool
+	past   past
 	ctl    conn       // for them
 	view   conn       // for State, Stats and the watch: they wait for no Reload
 	viewMu sync.Mutex // cfg and notes, for State
@@ -126,6 +128,7 @@ func (d *tunDevice) open(open func(*opener) (*attachment, error)) (err error) {
 			d.release()
 		}
 	}()
+	d.home = currentNetNS()
 	if d.ctl, err = dial(); err != nil {
 		return err
 	}
@@ -146,6 +149,9 @@ func (d *tunDevice) open(open func(*opener) (*attachment, error)) (err error) {
 	d.index, d.dropped = a.link.Index, a.link.TxDropped
 	d.adopted, d.unverified = a.adopted != nil, a.unverified
 	d.last.Store(a.link)
+	if a.unowned() {
+		d.note(errors.New("any local user may attach a queue: the device has neither owner nor group"))
+	}
 	d.queues, err = a.queues(&d.bare)
 	return opError("prepare the queues of", a.link.Name, err)
 }
@@ -234,12 +240,12 @@ func (d *tunDevice) look() (kernel.Link, bool) {
 	if d.closing.Load() || d.lost.Load() {
 		return d.lastLink(), false
 	}
-	link, err := getLink(d.view, rtnl.GetLink(d.index))
+	link, err := d.ownLink(d.view)
 	switch {
 	case err == nil:
 		d.last.Store(link)
 		return link, true
-	case errors.Is(err, unix.ENODEV):
+	case errors.Is(err, unix.ENODEV), errors.Is(err, ErrGone):
 		return d.lastLink(), false
 	}
 	return d.lastLink(), true // not told: believe what was

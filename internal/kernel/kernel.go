@@ -24,7 +24,8 @@ type Tun struct {
 	Owner, Group     int64 // -1: none
 	Persist          bool
 	MultiQueue       bool
-	Queues, Disabled int // attached and detached queues; 0 where the device is not multi-queue
+	PacketInfo       bool // four bytes before each packet: TUNGETIFF does not tell, its IFF_NO_PI is also IFF_NOFILTER
+	Queues, Disabled int  // attached and detached queues; 0 where the device is not multi-queue
 }
 
 // IPv4 holds the per-device settings that matter for hardening, as sysctl knows them.
@@ -60,6 +61,9 @@ type Addr struct {
 	Peer          netip.Addr // the other end of a point-to-point address; zero: none
 	Message       string     // the kernel's message about it, with which it can be put back as it was; "": nobody's yet
 }
+
+// Same says whether the kernel takes b for the address a.
+func (a Addr) Same(b Addr) bool { return a.Prefix == b.Prefix && a.Peer == b.Peer }
 
 // Routing tables.
 const (

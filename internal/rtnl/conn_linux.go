@@ -16,52 +16,45 @@ const (
 	maxRequests  = 250
 	replyCost    = 832 // bytes of receive buffer that one short answer occupies
 	sendOverhead = 32
-	answerWait   = 10 * time.Second // the kernel answers within the send itself; this only bounds a kernel that does not
 	dumpTries    = 20
 )
 
 // Conn is one rtnetlink socket for requests. Its methods may run concurrently; they take turns.
 type Conn struct {
 	mu      sync.Mutex
-	fd      int // -1: closed
+	sock    socket // nil: closed
 	seq     uint32
 	buf     []byte
-	batch   int // requests a send
-	maxSend int // bytes a send
+	batch   int           // requests a send
+	maxSend int           // bytes a send
+	backOff time.Duration // between two tries of a dump, times their number
 }
 
 // Dial opens a connection in the network namespace of the calling thread and keeps to it.
 func Dial() (*Conn, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	s, err := openSocket(options...)
 	if err != nil {
-		return nil, fmt.Errorf("open rtnetlink socket: %w", err)
+		return nil, err
 	}
-	c := &Conn{fd: fd, buf: make([]byte, 64<<10)}
-	if err := c.prepare(); err != nil {
-		unix.Close(fd)
+	c := newConn(s)
+	if err := c.measure(s); err != nil {
+		s.close()
 		return nil, fmt.Errorf("prepare rtnetlink socket: %w", err)
 	}
 	return c, nil
 }
 
-func (c *Conn) prepare() error {
-	if err := unix.Bind(c.fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return err
-	}
-	// Better error texts and filtered dumps: a kernel without them (before 4.20) still works, so refusals are no errors;
-	// what a dump returns is filtered again by its reader.
-	for _, option := range []int{unix.NETLINK_EXT_ACK, unix.NETLINK_CAP_ACK, unix.NETLINK_GET_STRICT_CHK} {
-		_ = unix.SetsockoptInt(c.fd, unix.SOL_NETLINK, option, 1)
-	}
-	wait := unix.NsecToTimeval(answerWait.Nanoseconds())
-	if err := unix.SetsockoptTimeval(c.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
-		return err
-	}
-	receive, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_RCVBUF)
+func newConn(s socket) *Conn {
+	return &Conn{sock: s, buf: make([]byte, 64<<10), batch: maxRequests, maxSend: 64 << 10, backOff: time.Millisecond}
+}
+
+// measure fits the bounds to the socket's buffers.
+func (c *Conn) measure(s *kernelSocket) error {
+	receive, err := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF)
 	if err != nil {
 		return err
 	}
-	send, err := unix.GetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
+	send, err := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_SNDBUF)
 	if err != nil {
 		return err
 	}
@@ -74,22 +67,22 @@ func (c *Conn) prepare() error {
 func (c *Conn) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.fd < 0 {
+	if c.sock == nil {
 		return nil
 	}
-	err := unix.Close(c.fd)
-	c.fd = -1
+	err := c.sock.close()
+	c.sock = nil
 	return err
 }
 
 // Result is what came of one request.
 type Result struct {
-	Err     error     // *Error if the kernel refused it; ErrUnknown if the answer was lost; nil if it did it
+	Err     error     // *Error if the kernel refused it; ErrUnknown if the answer was lost or it was not sent; nil if it did it
 	Answers []Message // what it sent back: for RTM_GET…, or with NLM_F_ECHO
 }
 
 // Do sends all requests, as many to a send as V6 allows, and returns one Result each. A refused request does not keep the
-// kernel from carrying out those after it.
+// kernel from carrying out those after it; a lost answer keeps Do from sending more.
 func (c *Conn) Do(requests ...Message) []Result {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -98,8 +91,8 @@ func (c *Conn) Do(requests ...Message) []Result {
 		n := c.fitting(requests[done:])
 		if err := c.exchange(requests[done:done+n], results[done:done+n]); err != nil {
 			for i := range results[done:] {
-				if results[done+i].Err == nil && len(results[done+i].Answers) == 0 {
-					results[done+i].Err = err
+				if r := &results[done+i]; r.Err == nil && len(r.Answers) == 0 {
+					r.Err = err
 				}
 			}
 			return results
@@ -124,7 +117,7 @@ func (c *Conn) fitting(requests []Message) int {
 // exchange sends one batch and reads its answers. Only the last request asks for an acknowledgement: the kernel works in
 // order and always reports failure, so when the last is answered every earlier silence is success.
 func (c *Conn) exchange(requests []Message, results []Result) error {
-	if c.fd < 0 {
+	if c.sock == nil {
 		return os.ErrClosed
 	}
 	first := c.seq + 1
@@ -138,28 +131,19 @@ func (c *Conn) exchange(requests []Message, results []Result) error {
 		}
 		out = m.appendTo(out)
 	}
-	if err := c.send(out); err != nil {
-		return err
+	if err := c.sock.send(out); err != nil {
+		return err // nothing of it was carried out
 	}
-	return c.collect(first, results)
-}
-
-func (c *Conn) send(out []byte) error {
-	for {
-		err := unix.Sendto(c.fd, out, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
-		if err != unix.EINTR {
-			return err
-		}
+	if err := c.collect(first, results); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnknown, err)
 	}
+	return nil
 }
 
 // collect reads answers until the last request's acknowledgement.
 func (c *Conn) collect(first uint32, results []Result) error {
 	for {
 		datagram, err := c.receive()
-		if errors.Is(err, ErrOverrun) {
-			return ErrUnknown
-		}
 		if err != nil {
 			return err
 		}
@@ -187,19 +171,20 @@ func (c *Conn) collect(first uint32, results []Result) error {
 // receive returns one datagram of the kernel's; it aliases the buffer.
 func (c *Conn) receive() ([]byte, error) {
 	for {
-		n, _, flags, from, err := unix.Recvmsg(c.fd, c.buf, nil, unix.MSG_TRUNC)
+		n, whole, fromKernel, err := c.sock.receive(c.buf)
 		switch {
 		case err == unix.EINTR:
-			continue
 		case err == unix.ENOBUFS:
 			return nil, ErrOverrun
+		case err == unix.EAGAIN:
+			return nil, fmt.Errorf("no answer within %v: %w", answerWait, err)
 		case err != nil:
 			return nil, err
-		case flags&unix.MSG_TRUNC != 0:
+		case !fromKernel:
+		case !whole:
 			c.buf = make([]byte, align(n)) // the next one of this size fits
 			return nil, ErrOverrun
-		}
-		if sender, ok := from.(*unix.SockaddrNetlink); ok && sender.Pid == 0 {
+		default:
 			return c.buf[:n], nil
 		}
 	}
@@ -215,24 +200,28 @@ func (c *Conn) Dump(request Message) ([]Message, error) {
 		if !errors.Is(err, ErrInterrupted) && !errors.Is(err, unix.EBUSY) || try == dumpTries {
 			return messages, err
 		}
-		time.Sleep(time.Duration(try) * time.Millisecond) // backs off from whoever keeps changing the table
+		time.Sleep(time.Duration(try) * c.backOff) // from whoever keeps changing the table
 	}
 }
 
 func (c *Conn) dump(request Message) ([]Message, error) {
-	if c.fd < 0 {
+	if c.sock == nil {
 		return nil, os.ErrClosed
 	}
 	c.seq++
 	request.Seq = c.seq
 	request.Flags |= unix.NLM_F_REQUEST | unix.NLM_F_DUMP
-	if err := c.send(request.appendTo(nil)); err != nil {
+	if err := c.sock.send(request.appendTo(nil)); err != nil {
 		return nil, err
 	}
 	var all []Message
-	interrupted := false
+	whole := true
 	for {
 		datagram, err := c.receive()
+		if errors.Is(err, ErrOverrun) {
+			whole = false // and on to its end: the kernel begins no other on this socket before
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -242,15 +231,15 @@ func (c *Conn) dump(request Message) ([]Message, error) {
 				return nil, err
 			}
 			if m.Seq != request.Seq {
-				continue
+				continue // left from an exchange whose answers were lost
 			}
-			interrupted = interrupted || m.Flags&unix.NLM_F_DUMP_INTR != 0
+			whole = whole && m.Flags&unix.NLM_F_DUMP_INTR == 0
 			switch m.Type {
 			case unix.NLMSG_ERROR, unix.NLMSG_DONE:
 				if err := decodeError(m); err != nil {
 					return nil, err
 				}
-				if interrupted {
+				if !whole {
 					return all, ErrInterrupted
 				}
 				return all, nil

@@ -107,6 +107,20 @@ func (l *Listener) receive() (datagram []byte, err error) {
 	return datagram, err
 }
 
+// Drain throws away what waits to be received. To be called between Receives, after an overrun: what is looked up then is
+// newer than all that was lost.
+func (l *Listener) Drain() {
+	const most = 1 << 16 // a storm may be quicker than we are
+	_ = l.raw.Control(func(fd uintptr) {
+		for range most {
+			_, _, _, _, err := unix.Recvmsg(int(fd), l.buf, nil, unix.MSG_TRUNC)
+			if err != nil && err != unix.EINTR && err != unix.ENOBUFS {
+				return // EAGAIN: no more
+			}
+		}
+	}) // an error says that it is closed: so will Receive
+}
+
 // Close wakes Receive and closes the socket.
 func (l *Listener) Close() error {
 	l.closed.Store(true)

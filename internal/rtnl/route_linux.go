@@ -23,6 +23,13 @@ func GetRoutes(family uint8, index int) Message {
 	return Message{Type: unix.RTM_GETROUTE, Body: body(h, attr32(unix.RTA_OIF, uint32(index)))}
 }
 
+// GetLocal asks for the addresses of one family that the kernel takes packets for on one interface.
+func GetLocal(family uint8, index int) Message {
+	h := &nl.RtMsg{}
+	h.Family, h.Type, h.Table = family, unix.RTN_LOCAL, unix.RT_TABLE_LOCAL
+	return Message{Type: unix.RTM_GETROUTE, Body: body(h, attr32(unix.RTA_OIF, uint32(index)))}
+}
+
 // MatchRoute asks which route the kernel's own lookup finds for dst.
 func MatchRoute(dst netip.Addr) Message {
 	h := &nl.RtMsg{}

@@ -1,0 +1,85 @@
+package overlay
+
+import (
+	"net/netip"
+
+	"example.com/overlay/internal/kernel"
+	"github.com/gaissmai/bart"
+)
+
+// obscured lists the wanted routes before which a stranger's through the same device stands and does something else.
+func obscured(have *observed, want *desired) []kernel.Route {
+	first := make(map[kernel.RouteKey]kernel.Route, len(have.routes))
+	for _, r := range have.routes {
+		if _, ok := first[r.RouteKey]; !ok {
+			first[r.RouteKey] = r
+		}
+	}
+	var found []kernel.Route
+	for _, r := range want.routes {
+		if h, ok := first[r.RouteKey]; ok && h.Protocol != want.protocol && !want.does(h, r) {
+			found = append(found, h)
+		}
+	}
+	return found
+}
+
+// probes finds for each of the prefixes that d installs an address by which to ask who answers for it.
+type probes struct {
+	own  map[netip.Addr]bool
+	tree bart.Lite // what d installs
+}
+
+func (d *desired) probes() *probes {
+	p := &probes{own: make(map[netip.Addr]bool, len(d.addresses))}
+	for _, a := range d.addresses {
+		p.own[a.Prefix.Addr()] = true
+	}
+	for _, r := range d.routes {
+		p.tree.Insert(r.Prefix)
+	}
+	return p
+}
+
+// first returns an address inside prefix that no longer prefix of ours covers; false if one cannot be found quickly.
+func (p *probes) first(prefix netip.Prefix) (netip.Addr, bool) {
+	addr := prefix.Addr()
+	if !prefix.IsSingleIP() {
+		addr = addr.Next() // the first may be a broadcast or anycast address
+	}
+	return p.from(prefix, addr)
+}
+
+// after is first for an address behind those that other, a stranger's longer prefix, covers.
+func (p *probes) after(prefix, other netip.Prefix) (netip.Addr, bool) {
+	return p.from(prefix, behind(other))
+}
+
+func (p *probes) from(prefix netip.Prefix, addr netip.Addr) (netip.Addr, bool) {
+	const tries = 64
+	for try := 0; try < tries && prefix.Contains(addr); try++ {
+		longest, _ := p.tree.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
+		switch {
+		case longest.Bits() > prefix.Bits():
+			addr = behind(longest)
+		case p.own[addr]:
+			addr = addr.Next()
+		default:
+			return addr, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// behind returns the address that follows the last of prefix; the zero Addr, which no prefix contains, if there is none.
+func behind(prefix netip.Prefix) netip.Addr {
+	if !prefix.IsValid() {
+		return netip.Addr{}
+	}
+	b := prefix.Addr().AsSlice()
+	for i := prefix.Bits(); i < 8*len(b); i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	return last.Next()
+}

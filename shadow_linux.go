@@ -1,0 +1,93 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"example.com/overlay/internal/kernel"
+	"example.com/overlay/internal/rtnl"
+)
+
+// question asks who answers for a route of ours.
+type question struct {
+	route   kernel.Route
+	dst     netip.Addr
+	refused error // the answer for another address of it
+}
+
+// shadows tells where somebody else answers in our place: an equal route that stands before ours is never seen in a look at
+// our own (kernel.md V12).
+func (d *tunDevice) shadows(have *observed, want *desired) {
+	const looks = 4 // a stranger's longer prefix may hide a route of ours: another address then
+	var found []error
+	for _, r := range obscured(have, want) {
+		found = append(found, fmt.Errorf("%v is answered by %s itself, protocol %d, mtu %d", r.Prefix, have.link.Name, r.Protocol, r.MTU))
+	}
+	probes := want.probes()
+	var questions []question
+	for _, r := range want.routes {
+		if dst, ok := probes.first(r.Prefix); ok && r.Table == kernel.TableMain {
+			questions = append(questions, question{route: r, dst: dst})
+		}
+	}
+	for look := 0; look < looks && len(questions) > 0; look++ {
+		var again []question
+		for i, result := range d.match(questions) {
+			q := questions[i]
+			other, err := d.answer(&q, result)
+			if err != nil {
+				found = append(found, err)
+			} else if dst, ok := probes.after(q.route.Prefix, other); ok {
+				again = append(again, question{q.route, dst, q.refused})
+			}
+		}
+		questions = again
+	}
+	if len(found) > 0 {
+		d.notify(Event{Kind: EventShadowed, N: len(found), Err: errors.Join(found...)})
+	}
+}
+
+func (d *tunDevice) match(questions []question) []rtnl.Result {
+	requests := make([]rtnl.Message, len(questions))
+	for i, q := range questions {
+		requests[i] = rtnl.MatchRoute(q.dst)
+	}
+	return d.ctl.Do(requests...)
+}
+
+// answer says in an error who answers for q instead of us. other, if set, is what the answer is about instead: a longer prefix.
+func (d *tunDevice) answer(q *question, result rtnl.Result) (other netip.Prefix, err error) {
+	r := q.route
+	if refused := (*rtnl.Error)(nil); errors.As(result.Err, &refused) {
+		if q.refused != nil || r.Prefix.IsSingleIP() {
+			return other, fmt.Errorf("%v is answered by a route that leads nowhere: %w", r.Prefix, refused)
+		}
+		q.refused = refused // perhaps of a part of it only: look at the other half
+		return netip.PrefixFrom(q.dst, r.Prefix.Bits()+1).Masked(), nil
+	}
+	if result.Err != nil || len(result.Answers) != 1 {
+		return other, nil // not told
+	}
+	got, _, err := rtnl.DecodeRoute(result.Answers[0])
+	switch {
+	case err != nil, got.Link == d.index, got.Prefix.Bits() < r.Prefix.Bits(): // a shorter one: ours went since we looked
+		return other, nil
+	case got.Prefix != r.Prefix:
+		return got.Prefix, nil
+	}
+	return other, fmt.Errorf("%v is answered by %s, protocol %d", r.Prefix, d.linkName(got.Link), got.Protocol)
+}
+
+// linkName names another interface for people.
+func (d *tunDevice) linkName(index int) string {
+	if index == 0 {
+		return "several interfaces"
+	}
+	link, err := getLink(d.ctl, rtnl.GetLink(index))
+	if err != nil {
+		return fmt.Sprintf("interface %d", index)
+	}
+	return link.Name
+}
