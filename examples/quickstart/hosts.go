@@ -79,6 +79,9 @@ func newLab(ctx context.Context, n int) (_ *lab, err error) {
 	}
 	peers := make(map[netip.Addr]netip.AddrPort)
 	for number := range n {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
 		h, err := newHost(number + 1)
 		if err != nil {
 			return nil, err

@@ -81,7 +81,7 @@ func start(args []string, stdout, stderr io.Writer) int {
 	defer stop()
 	if err := allowed(); err != nil {
 		if os.Getenv(marker) == "" && errors.Is(err, os.ErrPermission) {
-			return becomeRoot(args, stderr)
+			return becomeRoot(ctx, args, stderr)
 		}
 		return fail(err, stderr)
 	}
@@ -103,13 +103,10 @@ func fail(err error, stderr io.Writer) int {
 }
 
 // run builds, measures, reports and takes down. The error holds all that did not work.
-func run(ctx context.Context, o options, out io.Writer) (err error) {
+func run(ctx context.Context, o options, out io.Writer) error {
 	before := openFiles()
 	fmt.Fprintf(out, "%d overlay hosts, each in a network namespace of its own. Nothing of your system is touched.\n\n", o.hosts)
-	if err := session(ctx, o, out); err != nil {
-		return errors.Join(err, leftovers(before))
-	}
-	if err := leftovers(before); err != nil {
+	if err := errors.Join(session(ctx, o, out), leftovers(before), ctx.Err()); err != nil {
 		return err
 	}
 	fmt.Fprintln(out, "\nAll worked. Devices closed, namespaces gone, no descriptor left open.")
@@ -131,11 +128,12 @@ func session(ctx context.Context, o options, out io.Writer) (err error) {
 	if err := l.ping(ctx, results); err != nil {
 		return err
 	}
-	say("pinged", "%d times from each host to each other, over IPv4 and IPv6", probes)
+	say("pinged", "%d times from each host to each other, by IPv4 and IPv6; RTT is the median", probes)
 	if err := l.steer(ctx, results); err != nil {
 		return err
 	}
-	say("steered", "%d flows from each client to a subnet behind two gateways, weights %d and %d", flows*len(families), weights[0], weights[1])
+	say("steered", "%d flows from each client to a subnet behind two gateways, weights %d and %d",
+		flows*len(families), weights[0], weights[1])
 	if err := l.stream(ctx, o.duration, results); err != nil {
 		return err
 	}
@@ -220,12 +218,13 @@ func allowed() error {
 	return ns.close()
 }
 
-// becomeRoot runs the program as a child that is root of a user namespace of its own, passes signals on and returns the
-// child's exit code. The child dies with us.
-func becomeRoot(args []string, stderr io.Writer) int {
+// becomeRoot runs the program as a child that is root of a user namespace of its own, interrupts it when ctx ends, and
+// returns its exit code. The child dies with us.
+func becomeRoot(ctx context.Context, args []string, stderr io.Writer) int {
 	runtime.LockOSThread() // the child's death signal is tied to the thread that starts it
 	defer runtime.UnlockOSThread()
-	child := exec.Command("/proc/self/exe", args...)
+	child := exec.Command("/proc/self/exe")
+	child.Args = append([]string{os.Args[0]}, args...)
 	child.Env = append(os.Environ(), marker+"=1")
 	child.Stdin, child.Stdout, child.Stderr = os.Stdin, os.Stdout, os.Stderr
 	child.SysProcAttr = &syscall.SysProcAttr{
@@ -234,21 +233,17 @@ func becomeRoot(args []string, stderr io.Writer) int {
 		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}},
 		Pdeathsig:   unix.SIGKILL,
 	}
-	signals := make(chan os.Signal, 8)
-	signal.Notify(signals, unix.SIGINT, unix.SIGTERM)
-	defer signal.Stop(signals)
 	if err := child.Start(); err != nil {
 		return fail(fmt.Errorf("make a user namespace: %w", err), stderr)
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- child.Wait() }()
-	for {
-		select {
-		case s := <-signals:
-			_ = child.Process.Signal(s) // it has ended if that fails
-		case err := <-ended:
-			return exitCode(err, stderr)
-		}
+	select {
+	case err := <-ended:
+		return exitCode(err, stderr)
+	case <-ctx.Done():
+		_ = child.Process.Signal(unix.SIGINT) // it has ended if that fails
+		return exitCode(<-ended, stderr)
 	}
 }
 
@@ -278,7 +273,11 @@ func explain(err error) error {
 	if !errors.As(err, &device) {
 		lines = append(lines, forbidding()...)
 	}
-	return errors.New(strings.Join(append(lines, "As root it works: go build ./examples/quickstart && sudo ./quickstart"), "\n"))
+	advice := "As root it works: go build ./examples/quickstart && sudo ./quickstart"
+	if os.Geteuid() == 0 && os.Getenv(marker) == "" {
+		advice = "This root is not almighty. A container needs --cap-add SYS_ADMIN --cap-add NET_ADMIN --device /dev/net/tun"
+	}
+	return errors.New(strings.Join(append(lines, advice), "\n"))
 }
 
 // forbidding lists the settings that keep users from making namespaces.

@@ -77,10 +77,14 @@ func TestInterruptedRun(t *testing.T) {
 			nstest.Leaks(t)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer time.AfterFunc(after, cancel).Stop()
+			begin := time.Now()
 			var out bytes.Buffer
 			err := run(ctx, options{hosts: 3, duration: time.Minute}, &out)
 			if !interrupted(err) {
 				t.Errorf("run, cancelled after %v: %v, want nothing but the interruption\n%s", after, err, &out)
+			}
+			if took := time.Since(begin); took > after+patience {
+				t.Errorf("run, cancelled after %v, took %v", after, took)
 			}
 		})
 	}
@@ -101,7 +105,7 @@ func TestOrdinaryUser(t *testing.T) {
 func TestSignal(t *testing.T) {
 	nstest.Require(t, nstest.NetAdmin, nstest.TUN, nstest.IPv6, nstest.Program("go"))
 	binary := filepath.Join(t.TempDir(), "quickstart")
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
 	}
 	for _, signal := range []unix.Signal{unix.SIGINT, unix.SIGTERM} {

@@ -112,11 +112,10 @@ func newPinger(from *host, family int) (*pinger, error) {
 func (p *pinger) ping(ctx context.Context, to netip.Addr, n int) ([]time.Duration, error) {
 	var rtts []time.Duration
 	for range n {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		rtt, err := p.echo(to)
+		rtt, err := p.echo(ctx, to)
 		switch {
+		case ctx.Err() != nil:
+			return nil, ctx.Err()
 		case err == nil:
 			rtts = append(rtts, rtt)
 		case !errors.Is(err, os.ErrDeadlineExceeded):
@@ -127,7 +126,8 @@ func (p *pinger) ping(ctx context.Context, to netip.Addr, n int) ([]time.Duratio
 }
 
 // echo sends one request and waits for its reply.
-func (p *pinger) echo(to netip.Addr) (time.Duration, error) {
+func (p *pinger) echo(ctx context.Context, to netip.Addr) (time.Duration, error) {
+	defer limit(ctx, patience, p.conn)()
 	p.sequence++
 	packet := make([]byte, 64)
 	packet[0] = p.request
@@ -136,9 +136,6 @@ func (p *pinger) echo(to netip.Addr) (time.Duration, error) {
 		binary.BigEndian.PutUint16(packet[2:], checksum(packet))
 	}
 	start := time.Now()
-	if err := p.conn.SetDeadline(start.Add(patience)); err != nil {
-		return 0, err
-	}
 	if _, err := p.conn.WriteToIP(packet, &net.IPAddr{IP: to.AsSlice()}); err != nil {
 		return 0, err
 	}
@@ -152,6 +149,17 @@ func (p *pinger) echo(to netip.Addr) (time.Duration, error) {
 			return time.Since(start), nil
 		}
 	}
+}
+
+// limit makes whatever waits on the connections give up after d, or when ctx ends. The function that it returns releases ctx.
+func limit(ctx context.Context, d time.Duration, conns ...net.Conn) (release func() bool) {
+	set := func(t time.Time) {
+		for _, c := range conns {
+			_ = c.SetDeadline(t) // it fails only if c is closed, and then nobody waits
+		}
+	}
+	set(time.Now().Add(d))
+	return context.AfterFunc(ctx, func() { set(time.Now()) })
 }
 
 // checksum is the Internet checksum of data of even length.
@@ -221,14 +229,13 @@ func answer(s *net.UDPConn, number byte) {
 // ask starts flows, each from a port of its own, and counts which gateway answers. It runs in the client's namespace.
 func ask(ctx context.Context, addr netip.Addr, chosen *[len(weights)]int) error {
 	for i := range flows {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		gateway, err := askOnce(addr)
-		if err != nil {
+		gateway, err := askOnce(ctx, addr)
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil:
 			return fmt.Errorf("flow %d of %d: %w", i+1, flows, err)
-		}
-		if gateway >= len(chosen) {
+		case gateway >= len(chosen):
 			return fmt.Errorf("answer from gateway %d, which there is not", gateway)
 		}
 		chosen[gateway]++
@@ -236,15 +243,13 @@ func ask(ctx context.Context, addr netip.Addr, chosen *[len(weights)]int) error 
 	return nil
 }
 
-func askOnce(addr netip.Addr) (gateway int, err error) {
+func askOnce(ctx context.Context, addr netip.Addr) (gateway int, err error) {
 	conn, err := net.DialUDP("udp", nil, udpAddr(addr))
 	if err != nil {
 		return 0, err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(patience)); err != nil {
-		return 0, err
-	}
+	defer limit(ctx, patience, conn)()
 	if _, err := conn.Write([]byte("who?")); err != nil {
 		return 0, err
 	}
@@ -271,9 +276,7 @@ func stream(ctx context.Context, from, to *host, d time.Duration, r *result) err
 	}
 	defer in.Close()
 	defer out.Close()
-	limit := func(t time.Time) { _, _ = out.SetDeadline(t), in.SetDeadline(t) } // they fail only once closed
-	limit(time.Now().Add(d + patience))
-	defer context.AfterFunc(ctx, func() { limit(time.Now()) })()
+	defer limit(ctx, d+patience, out, in)()
 
 	start := time.Now()
 	var sent int64
