@@ -124,7 +124,7 @@ func TestAdopt(t *testing.T) {
 	} {
 		name := fmt.Sprint("x", i)
 		fds := donated(t, ns, name, c.flags, c.queues)
-		if err := own(fds[0], 1000, 2000); err != nil {
+		if err := own(fds[0], int64(otherID()), int64(otherID())); err != nil {
 			t.Fatal(err)
 		}
 		if c.header > 0 {
@@ -362,7 +362,7 @@ func TestAdoptRefuses(t *testing.T) {
 		{"is of one with flags 0x1, descriptor", []int{one, two[0]}, Config{}, nil},
 		{"of many with flags 0x101", []int{two[0], tun("many", plainMany)}, Config{}, nil},
 		{"lives in another network namespace: name it in Config.NetNS", pair, Config{}, errElsewhere},
-		{"adopt two: the device is in use, perhaps by this process, from another network namespace (it has 2 queues, we have 1", two[:1], Config{}, ErrBusy},
+		{"(it has 2 queues, we have 1", two[:1], Config{}, ErrBusy},
 		{`adopt one: its name is not "x", as Config says`, []int{one}, Config{Name: "x"}, nil},
 		{`adopt one: its name is not "one%d", as Config says`, []int{one}, Config{Name: "one%d"}, nil},
 		{"lives in another network namespace: name it in Config.NetNS", []int{one}, Config{NetNS: other.Path()}, errElsewhere},

@@ -43,13 +43,13 @@ func (a *attachment) unowned() bool {
 // for good, and are the caller's originals closed, if any. On error it closes all that is ours; the device is as it was.
 func (a *attachment) queues(bare *atomic.Bool) (queues []*tunQueue, err error) {
 	fds := slices.Clone(a.fds)
-	undo, err := nonblocking(fds)
+	undo, err := nonblocking(a.adopted) // ours are so from the start, or share the flag with these
 	for len(a.fds) > 0 && err == nil {
 		var q *tunQueue
 		if q, err = newTunQueue(a.fds[0], a.link.Name, a.header, bare); err == nil {
 			queues = append(queues, q)
-			a.fds = a.fds[1:]
 		}
+		a.fds = a.fds[1:] // the queue's, or closed
 	}
 	if err == nil {
 		err = a.finish(fds)

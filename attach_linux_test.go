@@ -29,14 +29,14 @@ func TestAttachPrepared(t *testing.T) {
 		flags   tunFlags
 	}{
 		{"", 1, 0},
-		{"user 1000", 0, 0},
-		{"group 2000 pi vnet_hdr", 1, 0},
+		{"user ID", 0, 0},
+		{"group ID pi vnet_hdr", 1, 0},
 		{"one_queue pi", 1, 0},
-		{"multi_queue user 1000 group 2000 pi vnet_hdr", 1, flagMultiQueue},
-		{"multi_queue user 1000 vnet_hdr", 3, flagMultiQueue},
+		{"multi_queue user ID group ID pi vnet_hdr", 1, flagMultiQueue},
+		{"multi_queue user ID vnet_hdr", 3, flagMultiQueue},
 	} {
 		name := fmt.Sprint("x", i)
-		ns.Run(t, "ip tuntap add dev "+name+" mode tun "+c.prepare)
+		ns.Run(t, "ip tuntap add dev "+name+" mode tun "+strings.ReplaceAll(c.prepare, "ID", fmt.Sprint(otherID())))
 		network := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 9, byte(i), 1}), 24)
 		ns.Run(t, fmt.Sprintf("ip addr add %v dev %s", network, name))
 		before, _ := linkIn(t, ns, name)
@@ -193,11 +193,11 @@ func TestDeviceVanishesMeanwhile(t *testing.T) {
 			{[]string{"ip link del x"}, ""},
 			{[]string{"ip link set x name y"}, ""},
 			{[]string{"ip link set x netns OTHER"}, ""},
-			{[]string{"ip link del x", "ip tuntap add dev x mode tun multi_queue user 7"}, "x"},
-			{[]string{"ip link del x", "ip tuntap add dev x mode tun user 7"}, "x"},
-			{[]string{"ip link del x", "ip tuntap add dev x mode tap user 7"}, "x"},
-			{[]string{"ip link set x name y", "ip tuntap add dev x mode tun multi_queue user 7"}, "x"},
-			{[]string{"ip link set x netns OTHER", "ip tuntap add dev x mode tun multi_queue user 7"}, "x"},
+			{[]string{"ip link del x", "ip tuntap add dev x mode tun multi_queue user ID"}, "x"},
+			{[]string{"ip link del x", "ip tuntap add dev x mode tun user ID"}, "x"},
+			{[]string{"ip link del x", "ip tuntap add dev x mode tap user ID"}, "x"},
+			{[]string{"ip link set x name y", "ip tuntap add dev x mode tun multi_queue user ID"}, "x"},
+			{[]string{"ip link set x netns OTHER", "ip tuntap add dev x mode tun multi_queue user ID"}, "x"},
 		} {
 			for _, n := range []int{2, 3} {
 				ns, other := nstest.New(t), nstest.New(t)
@@ -207,13 +207,13 @@ func TestDeviceVanishesMeanwhile(t *testing.T) {
 				before, _ := linkIn(t, ns, "x")
 				_, err := newWith(Config{Name: "x", Mode: mode, Queues: 3, NetNS: ns.Path()}, meddleAt(n, func() {
 					for _, command := range c.does {
-						ns.Run(t, strings.Replace(command, "OTHER", other.Path(), 1))
+						ns.Run(t, strings.NewReplacer("OTHER", other.Path(), "ID", fmt.Sprint(otherID())).Replace(command))
 					}
 				}))
 				what := fmt.Sprintf("%v, queue %d: %v", mode, n, c.does)
 				wantOpError(t, what, err, os.ErrNotExist, "renamed, moved or deleted meanwhile")
 				link, ok := linkIn(t, ns, "x")
-				if ok != (c.stranger != "") || ok && (link.Tun.Owner != 7 || link.Tun.Queues != 0 || !link.Tun.Persist) {
+				if ok != (c.stranger != "") || ok && (link.Tun.Owner != int64(otherID()) || link.Tun.Queues != 0 || !link.Tun.Persist) {
 					t.Errorf("%s: there is %t %+v", what, ok, link)
 				}
 				if mode == Create { // ours went with its descriptors, wherever it was by then
@@ -296,8 +296,12 @@ func TestAttachClearsOffload(t *testing.T) {
 		}
 		send := func() { sendSuperpacket(t, ns, [4]byte{10, 9, byte(i), 2}) }
 		d := opened(t)(newWith(Config{Name: name, Mode: Attach, NetNS: ns.Path()}, func(fd int, name string, flags tunFlags) (string, error) {
-			defer send()
-			return setIff(fd, name, flags)
+			got, err := setIff(fd, name, flags)
+			for n := 0; n == 0 && err == nil; { // the kernel needs a moment to notice that there is a carrier now
+				send()
+				n, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 1)
+			}
+			return got, err
 		}))
 		if got := ns.Run(t, "ethtool -k "+name); got != want {
 			t.Errorf("features are\n%swant\n%s", got, want)
@@ -378,28 +382,28 @@ func TestAttachOrCreate(t *testing.T) {
 	nstest.Leaks(t)
 	for _, queues := range []int{1, 2} {
 		ns := nstest.New(t)
-		cfg := Config{Name: "x", Mode: AttachOrCreate, Queues: queues, Owner: 1000, NetNS: ns.Path()}
+		cfg := Config{Name: "x", Mode: AttachOrCreate, Queues: queues, Owner: otherID(), NetNS: ns.Path()}
 		kind := map[int]string{1: "", 2: " multi_queue"}[queues]
-		make := func() { ns.Run(t, "ip tuntap add dev x mode tun user 2000"+kind) }
-		require := func(what string, d Device, err error, owner int64) {
+		make := func() { ns.Run(t, "ip tuntap add dev x mode tun user 0"+kind) }
+		require := func(what string, d Device, err error, owner int, persist bool) {
 			t.Helper()
 			if err != nil {
 				t.Errorf("%d queues, %s: %v", queues, what, err)
 				return
 			}
-			if link, _ := linkIn(t, ns, "x"); link.Tun.Owner != owner || link.Tun.Persist != (owner == 2000) {
+			if link, _ := linkIn(t, ns, "x"); link.Tun.Owner != int64(owner) || link.Tun.Persist != persist {
 				t.Errorf("%d queues, %s: %+v", queues, what, link.Tun)
 			}
 			d.Close()
 		}
 		d, err := New(cfg)
-		require("nothing there", d, err, 1000)
+		require("nothing there", d, err, otherID(), false)
 		d, err = newWith(cfg, meddleAt(1, make))
-		require("made in between", d, err, 2000)
+		require("made in between", d, err, 0, true)
 		d, err = New(cfg)
-		require("there", d, err, 2000)
+		require("there", d, err, 0, true)
 		d, err = newWith(cfg, meddleAt(1, func() { ns.Run(t, "ip link del x") }))
-		require("deleted in between", d, err, 1000)
+		require("deleted in between", d, err, otherID(), false)
 		var held int
 		d, err = newWith(cfg, meddleAt(1, func() { held = rawTun(t, ns, "x", flagTUN|flagNoPI|flagMultiQueue) }))
 		if err == nil {

@@ -46,8 +46,8 @@ func (o *opener) passes(try int) bool {
 	case try < busyTries:
 		return true
 	}
-	here, elsewhere := holdersOf(o.cfg.Name)
-	return len(here)+len(elsewhere) == 0
+	here, _ := holdersOf(o.cfg.Name)
+	return len(here) == 0
 }
 
 // explainCreate names the device and says what errno of creating it means.
@@ -73,7 +73,7 @@ func (o *opener) explainTaken(err error) error {
 	case link.Kind != "tun":
 		return fmt.Errorf("%w: the name is that of interface %d, of kind %q (%w)", ErrBusy, link.Index, link.Kind, err)
 	}
-	if here, elsewhere := holdersOf(link.Name); link.Tun.Persist && len(here)+len(elsewhere) == 0 {
+	if here, _ := holdersOf(link.Name); link.Tun.Persist && len(here) == 0 {
 		return fmt.Errorf("%w: the name is that of a persistent device, for Mode Attach (%w)", ErrBusy, err)
 	}
 	return busy(link.Name, err)

@@ -102,10 +102,11 @@ func TestCreateTakenName(t *testing.T) {
 	ns := nstest.New(t)
 	nstest.Veth(t, ns, nstest.New(t), "veth0", "peer0")
 	ns.Run(t, "ip link property add dev veth0 altname other0")
-	ns.Run(t, "ip tuntap add dev kept mode tun pi vnet_hdr user 1000")
+	ns.Run(t, fmt.Sprint("ip tuntap add dev kept mode tun pi vnet_hdr user ", otherID()))
 	ns.Run(t, "ip tuntap add dev tap0 mode tap")
-	newIn(t, ns, Config{Name: "single"})
-	newIn(t, ns, Config{Name: "multi", Queues: 2})
+	for _, cfg := range []Config{{Name: "single"}, {Name: "multi", Queues: 2}} {
+		ns.StartHelper(t, "open new", nstest.HelperOptions{Args: []string{configArg(t, cfg), "hold"}})
+	}
 	same := unchanged(t, ns)
 	for name, text := range map[string]string{
 		"lo":     "the name is that of interface 1, of kind \"\"",
@@ -113,8 +114,8 @@ func TestCreateTakenName(t *testing.T) {
 		"other0": "of kind \"veth\"",
 		"kept":   "the name is that of a persistent device, for Mode Attach",
 		"tap0":   "the name is that of a persistent device",
-		"single": "this process",
-		"multi":  "this process",
+		"single": "in use by process ",
+		"multi":  "in use by process ",
 	} {
 		for _, queues := range []int{1, 2} {
 			_, err := New(Config{Name: name, NetNS: ns.Path(), Queues: queues})
@@ -282,8 +283,11 @@ func TestReopenAtOnce(t *testing.T) {
 	ns := nstest.New(t)
 	const workers = 8
 	cycles := 500 / workers
-	if testing.Short() {
+	switch {
+	case testing.Short():
 		cycles = 50 / workers
+	case raceEnabled:
+		cycles = 200 / workers
 	}
 	stop := make(chan struct{})
 	var children, wg sync.WaitGroup
@@ -334,12 +338,12 @@ func TestFailedNewChangesNothing(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
 	nstest.Leaks(t)
 	ns := nstest.New(t)
-	ns.Run(t, "ip tuntap add dev one mode tun user 1000")
-	ns.Run(t, "ip tuntap add dev many mode tun multi_queue group 1000")
+	ns.Run(t, fmt.Sprint("ip tuntap add dev one mode tun user ", otherID()))
+	ns.Run(t, fmt.Sprint("ip tuntap add dev many mode tun multi_queue group ", otherID()))
 	same := unchanged(t, ns)
 	for _, cfg := range []Config{
 		{Name: "x"},
-		{Name: "x", Persist: true, Owner: 5, Group: 6},
+		{Name: "x", Persist: true, Owner: otherID(), Group: otherID()},
 		{Name: "x%d", Queues: 3, Persist: true},
 		{Name: "one", Mode: Attach},
 		{Name: "many", Mode: Attach, Queues: 3},

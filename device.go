@@ -47,12 +47,29 @@ func (c *core) RoutesFor(dst netip.Addr) (Gateways, bool) {
 // Events implements Device.
 func (c *core) Events() <-chan Event { return c.events.channel() }
 
-// notify sends an event and tells the log of it.
+// notify sends an event and tells the log of it, in one line.
 func (c *core) notify(e Event) {
 	if c.log != nil {
-		c.log.WithFields(logrus.Fields{"event": e.Kind.String(), "n": e.N, "cause": e.Err}).Info("overlay")
+		c.logEvent(e)
 	}
 	c.events.send(e)
+}
+
+func (c *core) logEvent(e Event) {
+	fields := logrus.Fields{"event": e.Kind.String()}
+	if e.N != 0 {
+		fields["n"] = e.N
+	}
+	if e.Err != nil {
+		fields["cause"] = oneLine(e.Err.Error())
+	}
+	entry := c.log.WithFields(fields)
+	switch e.Kind {
+	case EventGone, EventShadowed, EventDegraded:
+		entry.Warn("overlay")
+	default:
+		entry.Info("overlay")
+	}
 }
 
 // eventBacklog is how many events wait for a slow reader.
@@ -110,28 +127,55 @@ func (q *eventQueue) close() {
 	}
 }
 
-// traffic counts the packets of one queue; a queue of its own so that readers of different queues share no cache line.
+// traffic counts the packets of one queue; a queue of its own so that the goroutines of different queues, and those that
+// read and that write one, share no cache line.
 type traffic struct {
 	readPackets, readBytes, readSuper, readInvalid, readDropped                  atomic.Uint64
+	_                                                                            [64]byte
 	writePackets, writeBytes, writeSuper, writeRefused, writeFiltered, writeDown atomic.Uint64
 	_                                                                            [64]byte
 }
 
-// read counts a packet or superpacket from the kernel; packets count after splitting.
-func (t *traffic) read(p Packet) { count(p, &t.readPackets, &t.readBytes, &t.readSuper) }
+// tally is a count of packets and superpackets on the way into a traffic: one for a batch.
+type tally struct{ packets, bytes, super uint64 }
+
+// add counts p, which is n packets after splitting.
+func (s *tally) add(p Packet, n int) {
+	s.packets += uint64(n)
+	s.bytes += uint64(len(p.Data))
+	if p.SegmentSize != 0 {
+		s.super++
+	}
+}
+
+// addTo leaves alone what does not change: an atomic addition is what counting costs.
+func (s tally) addTo(packets, size, super *atomic.Uint64) {
+	if s.packets != 0 {
+		packets.Add(s.packets)
+		size.Add(s.bytes)
+	}
+	if s.super != 0 {
+		super.Add(s.super)
+	}
+}
+
+// read counts packets and superpackets from the kernel.
+func (t *traffic) read(packets ...Packet) {
+	var s tally
+	for _, p := range packets {
+		s.add(p, p.Segments())
+	}
+	s.addTo(&t.readPackets, &t.readBytes, &t.readSuper)
+}
 
 // wrote counts one that the kernel took.
-func (t *traffic) wrote(p Packet) { count(p, &t.writePackets, &t.writeBytes, &t.writeSuper) }
-
-func count(p Packet, packets, size, super *atomic.Uint64) {
-	n := 1
-	if p.SegmentSize != 0 {
-		n = p.Segments()
-		super.Add(1)
-	}
-	packets.Add(uint64(n))
-	size.Add(uint64(len(p.Data)))
+func (t *traffic) wrote(p Packet) {
+	var s tally
+	s.add(p, p.Segments())
+	t.wroteAll(s)
 }
+
+func (t *traffic) wroteAll(s tally) { s.addTo(&t.writePackets, &t.writeBytes, &t.writeSuper) }
 
 // failed counts a packet that was not taken.
 func (t *traffic) failed(err error) {

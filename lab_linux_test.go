@@ -3,6 +3,7 @@ package overlay
 import (
 	"encoding/binary"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -348,99 +349,29 @@ func (l *lab) settings(m rtnl.Message) string {
 	return fmt.Sprintf("ipv4 %x ipv6 %x %x", v4[unix.IFLA_INET_CONF], v6[unix.IFLA_INET6_CONF], v6[unix.IFLA_INET6_ADDR_GEN_MODE])
 }
 
-// meddler sits between a device and the kernel. Its fields are set before the device is used.
-type meddler struct {
-	conn
-	mu  sync.Mutex
-	n   int      // operations so far: each request and each dump is one
-	log []string // what they were
+func init() { nstest.Helper("lab device", helperDevice) }
 
-	before func(n int, m rtnl.Message)            // called before the n-th, from 1
-	fail   func(n int, m rtnl.Message) misfortune // what becomes of it
+// device runs helperDevice in a process of its own.
+func (l *lab) device(cfg Config, opts nstest.HelperOptions) string {
+	l.Helper()
+	opts.Args = append(encodeConfig(l.T, cfg), opts.Args...)
+	out, err := l.ns.Helper(l.T, "lab device", opts)
+	l.must(err)
+	return out
 }
 
-// misfortune is what befalls an operation.
-type misfortune struct {
-	err  error // nil: nothing
-	done bool  // it is carried out all the same
+func encodeConfig(t *testing.T, cfg Config) []string {
+	t.Helper()
+	b, err := json.Marshal(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []string{string(b)}
 }
 
-// meddle puts a meddler in front of d's connection for Activate and Reload. The returned function takes it away.
-func meddle(d *tunDevice) (m *meddler, remove func()) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	real := d.ctl
-	m = &meddler{conn: real}
-	d.ctl = m
-	return m, func() {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.ctl = real
-	}
-}
-
-func (m *meddler) next(request rtnl.Message) misfortune {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.n++
-	m.log = append(m.log, messageName(request))
-	if m.before != nil {
-		m.before(m.n, request)
-	}
-	if m.fail == nil {
-		return misfortune{}
-	}
-	return m.fail(m.n, request)
-}
-
-func (m *meddler) Do(requests ...rtnl.Message) []rtnl.Result {
-	results := make([]rtnl.Result, len(requests))
-	var rest []rtnl.Message
-	var places []int
-	for i, r := range requests {
-		bad := m.next(r)
-		results[i].Err = bad.err
-		if bad.err == nil || bad.done {
-			rest, places = append(rest, r), append(places, i)
-		}
-	}
-	if len(rest) == 0 {
-		return results
-	}
-	for i, r := range m.conn.Do(rest...) {
-		if results[places[i]].Err == nil {
-			results[places[i]] = r
-		}
-	}
-	return results
-}
-
-func (m *meddler) Dump(request rtnl.Message) ([]rtnl.Message, error) {
-	if bad := m.next(request); bad.err != nil {
-		return nil, bad.err
-	}
-	return m.conn.Dump(request)
-}
-
-// changes lists the operations that are no questions.
-func (m *meddler) changes() (list []string) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, name := range m.log {
-		if !strings.HasPrefix(name, "GET") {
-			list = append(list, name)
-		}
-	}
-	return list
-}
-
-func messageName(m rtnl.Message) string {
-	names := map[uint16]string{
-		unix.RTM_NEWLINK: "NEWLINK", unix.RTM_DELLINK: "DELLINK", unix.RTM_GETLINK: "GETLINK", unix.RTM_SETLINK: "SETLINK",
-		unix.RTM_NEWADDR: "NEWADDR", unix.RTM_DELADDR: "DELADDR", unix.RTM_GETADDR: "GETADDR",
-		unix.RTM_NEWROUTE: "NEWROUTE", unix.RTM_DELROUTE: "DELROUTE", unix.RTM_GETROUTE: "GETROUTE",
-	}
-	return names[m.Type]
+func decodeConfig(s string) (cfg Config, err error) {
+	err = json.Unmarshal([]byte(s), &cfg)
+	return cfg, err
 }
 
 // wantOpError checks the shape of an error of Activate or Reload, and that it says all of texts.

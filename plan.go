@@ -176,11 +176,14 @@ func removable(a kernel.Addr, want *desired) bool {
 		return true // by a kernel before 5.18, which keeps no protocol
 	case linkLocal && want.linkLocal:
 		return false
-	case linkLocal && a.Protocol == kernel.AddrProtoKernelLink:
+	case isKernelsLinkLocal(a):
 		return true
 	}
 	return want.takeAddresses
 }
+
+// isKernelsLinkLocal says whether the kernel made a. To remove it is a part of hardening.
+func isKernelsLinkLocal(a kernel.Addr) bool { return a.Protocol == kernel.AddrProtoKernelLink }
 
 // planRemovals removes addresses. When an IPv4 primary goes the kernel moves what stays of its network to a new primary, and
 // for an instant none of it is local; the same addresses with another length bridge that (kernel.md V7).
@@ -190,7 +193,7 @@ func planRemovals(stale, stay []kernel.Addr, protocol uint8) (steps []step, prom
 	})
 	var bridge, out, end []step
 	for _, a := range stale {
-		out = append(out, step{kind: stepDelAddr, addr: a})
+		out = append(out, step{kind: stepDelAddr, addr: a, optional: isKernelsLinkLocal(a)})
 		for _, c := range companionsOf(a, stay, protocol) {
 			bridge = append(bridge, step{kind: stepAddAddr, addr: c})
 			end = append(end, step{kind: stepDelAddr, addr: c})
@@ -354,7 +357,7 @@ func obstacle(have *observed, want *desired) error {
 		if i := slices.IndexFunc(want.addresses, func(w kernel.Addr) bool { return excludes(a, w) }); i >= 0 {
 			return fmt.Errorf("add address %v: another's %v is in the way: remove it, or set TakeAddresses", want.addresses[i].Prefix, a.Prefix)
 		}
-		if losesIPv6 && a.Prefix.Addr().Is6() && a.Protocol != kernel.AddrProtoKernelLink {
+		if losesIPv6 && a.Prefix.Addr().Is6() && !isKernelsLinkLocal(a) {
 			return fmt.Errorf("set MTU %d: another's %v would go: remove it, or set TakeAddresses", want.mtu, a.Prefix)
 		}
 	}

@@ -86,7 +86,7 @@ func bit(b bool) int {
 func (t *trail) restoreAddresses(now, before []kernel.Addr, protocol uint8) []step {
 	var steps []step
 	for _, a := range now {
-		ours := a.Protocol == protocol || t.lost6 && a.Protocol == kernel.AddrProtoKernelLink
+		ours := a.Protocol == protocol || t.lost6 && isKernelsLinkLocal(a)
 		if ours && !slices.ContainsFunc(before, a.Same) {
 			steps = append(steps, step{kind: stepDelAddr, addr: a})
 		}

@@ -1,9 +1,12 @@
 package overlay
 
 import (
+	"cmp"
 	"fmt"
 	"reflect"
+	"strconv"
 	"strings"
+	"unicode"
 )
 
 var eventNames = [...]string{
@@ -26,9 +29,25 @@ func (e Event) String() string {
 		s += fmt.Sprintf(" (%d)", e.N)
 	}
 	if e.Err != nil {
-		s += ": " + e.Err.Error()
+		s += ": " + oneLine(e.Err.Error())
 	}
 	return s
+}
+
+// oneLine joins the lines of joined errors, and shows what no terminal or log should be sent: names come from the kernel.
+func oneLine(s string) string {
+	var b strings.Builder
+	for _, r := range s {
+		switch {
+		case r == '\n':
+			b.WriteString("; ")
+		case strconv.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
+		}
+	}
+	return b.String()
 }
 
 var modeNames = [...]string{Create: "create", Attach: "attach", AttachOrCreate: "attach or create"}
@@ -61,38 +80,68 @@ func (o Offload) String() string {
 
 // report is what State prints beside its fields.
 type report struct {
-	config Config // a copy
-	queues int
-	stats  Stats
-	notes  []string // abilities that the device lacks
+	config     Config // in force; nobody changes what it points to
+	adopted    bool
+	queues     int
+	txQueueLen int // the kernel's now; 0: what Config asks for
+	stats      Stats
+	notes      []string // abilities that the device lacks
 }
 
 // String is the dump for the field: one object a line, a keyword first, in a stable order, so that grep and diff work.
 func (s State) String() string {
 	var b strings.Builder
-	link := "down"
-	if s.Up {
-		link = "up"
-	}
-	fmt.Fprintf(&b, "device %s index %d link %s mtu %d queues %d offload %v learned %d\n",
-		s.Name, s.Index, link, s.MTU, s.report.queues, s.Offload, s.Learned)
 	c := &s.report.config
+	fmt.Fprintf(&b, "device %s index %d link %s mtu %d txqueuelen %d queues %d offload %v learned %d\n",
+		word(s.Name), s.Index, either(s.Up, "up", "down"), s.MTU, cmp.Or(s.report.txQueueLen, c.TxQueueLen, defaultTxQueueLen),
+		s.report.queues, s.Offload, s.Learned)
+	s.writeConfig(&b)
 	for _, network := range s.Networks {
 		fmt.Fprintf(&b, "network %v mtu %d mss %d\n", network, c.mtuOf(), segmentSize(network, c.mtuOf()))
 	}
 	for i := range c.Routes {
 		s.writeRoute(&b, &c.Routes[i])
 	}
-	counters := reflect.ValueOf(s.report.stats)
-	for i := range counters.NumField() {
-		if n := counters.Field(i).Uint(); n != 0 {
-			fmt.Fprintf(&b, "count %s %d\n", counters.Type().Field(i).Name, n)
-		}
-	}
+	writeStats(&b, s.report.stats)
 	for _, note := range s.report.notes {
-		fmt.Fprintf(&b, "note %s\n", note)
+		fmt.Fprintf(&b, "note %s\n", oneLine(note))
 	}
 	return b.String()
+}
+
+// word keeps a name that comes from outside one printable word.
+func word(s string) string {
+	if quoted := strconv.QuoteToASCII(s); s == "" || quoted != `"`+s+`"` || strings.Contains(s, " ") {
+		return quoted
+	}
+	return s
+}
+
+func either(cond bool, yes, no string) string {
+	if cond {
+		return yes
+	}
+	return no
+}
+
+// writeConfig writes what of the Config the other lines do not show.
+func (s State) writeConfig(b *strings.Builder) {
+	c := &s.report.config
+	mode := strings.ReplaceAll(c.Mode.String(), " ", "-")
+	switch {
+	case c.Disabled:
+		mode = "disabled"
+	case s.report.adopted:
+		mode = "adopt"
+	}
+	on := func(cond bool) string { return either(cond, "on", "off") }
+	fmt.Fprintf(b, "config mode %s netns %s owner %d group %d persist %s protocol %d filter %s heal %s link-local %s take-addresses %s refused-offload %v\n",
+		mode, word(c.NetNS), c.Owner, c.Group, on(c.Persist), c.protocol(), on(!c.NoFilter), on(!c.NoHeal), on(c.LinkLocal),
+		on(c.TakeAddresses), c.NoOffload)
+	if r := c.SystemRoutes; r != nil {
+		tables := strings.Trim(fmt.Sprint(r.Tables), "[]")
+		fmt.Fprintf(b, "follow tables %s read-buffer %d max %d\n", word(strings.ReplaceAll(tables, " ", ",")), r.ReadBuffer, r.Max)
+	}
 }
 
 func (s State) writeRoute(b *strings.Builder, r *Route) {
@@ -110,4 +159,34 @@ func (s State) writeRoute(b *strings.Builder, r *Route) {
 	}
 	fmt.Fprintf(b, "route %v %s layer static metric %d table %d mtu %d mss %d%s\n",
 		r.Prefix, via, s.report.config.keyOf(r).Metric, r.table(), mtu, segmentSize(r.Prefix, mtu), install)
+}
+
+// writeStats writes every counter, those of zero too: a line for reading, one for writing, one for the rest.
+func writeStats(b *strings.Builder, s Stats) {
+	lines := []struct{ keyword, prefix string }{{"read", "Read"}, {"write", "Write"}, {"control", ""}}
+	counters := reflect.ValueOf(s)
+	seen := make(map[string]bool)
+	for _, line := range lines {
+		b.WriteString("count " + line.keyword)
+		for i := range counters.NumField() {
+			name, ok := strings.CutPrefix(counters.Type().Field(i).Name, line.prefix)
+			if full := counters.Type().Field(i).Name; ok && !seen[full] {
+				seen[full] = true
+				fmt.Fprintf(b, " %s %d", dashed(name), counters.Field(i).Uint())
+			}
+		}
+		b.WriteByte('\n')
+	}
+}
+
+// dashed turns RestoreFails into restore-fails.
+func dashed(name string) string {
+	var b strings.Builder
+	for i, r := range name {
+		if unicode.IsUpper(r) && i > 0 {
+			b.WriteByte('-')
+		}
+		b.WriteRune(unicode.ToLower(r))
+	}
+	return b.String()
 }

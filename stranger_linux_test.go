@@ -56,9 +56,12 @@ func helperStranger() error {
 func TestSpinningStranger(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Mknod, nstest.SecondUID)
 	nstest.Leaks(t)
-	creations := 50
-	if testing.Short() {
+	creations := 50 // twice
+	switch {
+	case testing.Short():
 		creations = 5
+	case raceEnabled:
+		creations = 25
 	}
 	for _, conduct := range []string{"hold", "take over"} {
 		ns := nstest.New(t)
@@ -195,21 +198,24 @@ func TestStrangersTraces(t *testing.T) {
 	}{
 		{"queue", func(int) error { return nil }, true, true},
 		{"detached queue", detachQueue, true, true},
-		{"owner", value(unix.TUNSETOWNER, 1000), true, true},
+		{"owner", value(unix.TUNSETOWNER, otherID()), true, true},
 		{"persistence", value(unix.TUNSETPERSIST, 1), false, true},
-		{"group", value(unix.TUNSETGROUP, 1000), false, true},
+		{"group", value(unix.TUNSETGROUP, otherID()), false, true},
 		{"link type", value(unix.TUNSETLINK, unix.ARPHRD_PPP), false, true},
-		{"owner, gone", value(unix.TUNSETOWNER, 1000), false, false}, // ours overwrites it
+		{"owner, gone", value(unix.TUNSETOWNER, otherID()), false, false}, // ours overwrites it
 		{"send buffer", pointer(unix.TUNSETSNDBUF, 1), false, false},
 		{"header size", pointer(unix.TUNSETVNETHDRSZ, 64), false, false},
 		{"byte order", pointer(unix.TUNSETVNETLE, 1), false, false},
 		{"carrier", pointer(unix.TUNSETCARRIER, 0), false, false},
 		{"offload", value(unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6), false, false},
 		{"debug", value(unix.TUNSETDEBUG, 0xffff), false, false},
-		{"filter", func(fd int) error { return setProgram(fd, unix.TUNSETFILTEREBPF) }, false, false},
-		{"steering", func(fd int) error { return setProgram(fd, unix.TUNSETSTEERINGEBPF) }, false, false},
+		{"filter program", func(fd int) error { return setProgram(fd, unix.TUNSETFILTEREBPF) }, false, false},
+		{"steering program", func(fd int) error { return setProgram(fd, unix.TUNSETSTEERINGEBPF) }, false, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			if strings.HasSuffix(c.name, "program") {
+				nstest.Require(t, nstest.InitUserNS)
+			}
 			nstest.Leaks(t)
 			ns := nstest.New(t)
 			quiet := nstest.New(t)

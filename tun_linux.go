@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -72,14 +73,13 @@ type tunDevice struct {
 	bare       atomic.Bool  // Config.NoFilter
 	dropped    uint64       // what the kernel's counter said at New
 	last       atomic.Value // kernel.Link: last seen
+	lookMu     sync.Mutex   // of look: what is seen later is stored later
 	lost       atomic.Bool  // deleted, or moved to another namespace
 	closing    atomic.Bool
-	closed     chan struct{} // closed when Close is done
 	closeOnce  sync.Once
-	closeErr   error
 
 	mu     sync.Mutex // one of Activate, Reload, Close at a time
-	cfg    Config     // in force; written with mu and viewMu held
+	cfg    Config     // in force; written with mu and viewMu held, what it points to never
 	active bool
 	past   past
 	ctl    conn       // for them
@@ -105,7 +105,7 @@ func dial() (conn, error) {
 
 // newTun opens descriptors and sockets in the device's namespace, and puts the device together.
 func newTun(cfg Config, open func(*opener) (*attachment, error)) (Device, error) {
-	d := &tunDevice{cfg: cfg.clone(), procfs: -1, closed: make(chan struct{})}
+	d := &tunDevice{cfg: cfg.clone(), procfs: -1}
 	d.log = cfg.Logger
 	d.bare.Store(cfg.NoFilter)
 	err := netns.Do(cfg.NetNS, func() error { return d.open(open) })
@@ -129,18 +129,8 @@ func (d *tunDevice) open(open func(*opener) (*attachment, error)) (err error) {
 		}
 	}()
 	d.home = currentNetNS()
-	if d.ctl, err = dial(); err != nil {
+	if err = d.connect(); err != nil {
 		return err
-	}
-	if d.view, err = dial(); err != nil {
-		return err
-	}
-	if d.watch, err = newWatch(); err != nil {
-		d.note(fmt.Errorf("not told of the link's changes: %w", err))
-	}
-	// Kept, because a file below it dies with the device's IPv6 settings, and the directory does not (kernel.md V9).
-	if d.procfs, err = unix.Open("/proc/sys/net/ipv6/conf", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-		d.procfs = -1 // no IPv6, or no procfs: found out when something is to be set there
 	}
 	a, err := open(&opener{cfg: &d.cfg, conn: d.ctl})
 	if err != nil {
@@ -153,10 +143,44 @@ func (d *tunDevice) open(open func(*opener) (*attachment, error)) (err error) {
 		d.note(errors.New("any local user may attach a queue: the device has neither owner nor group"))
 	}
 	d.queues, err = a.queues(&d.bare)
+	for _, q := range d.queues {
+		q.sole.Store(!d.adopted)
+	}
 	return opError("prepare the queues of", a.link.Name, err)
 }
 
-// release closes what the device holds, in the order that wakes who waits first.
+// connect opens what the device needs beside its queues. What a system may not have is noted; but that there are no
+// descriptors left says nothing about the system.
+func (d *tunDevice) connect() (err error) {
+	if d.ctl, err = dial(); err != nil {
+		return err
+	}
+	if d.view, err = dial(); err != nil {
+		return err
+	}
+	d.watch, err = newWatch()
+	switch {
+	case exhausted(err):
+		return err
+	case err != nil:
+		d.note(fmt.Errorf("not told of the link's changes: %w", err))
+	}
+	// Kept, because a file below it dies with the device's IPv6 settings, and the directory does not (kernel.md V9).
+	d.procfs, err = unix.Open("/proc/sys/net/ipv6/conf", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	switch {
+	case exhausted(err):
+		return fmt.Errorf("open the IPv6 settings: %w", err)
+	case err != nil:
+		d.procfs = -1 // no IPv6, or no procfs: found out when something is to be set there
+	}
+	return nil
+}
+
+func exhausted(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) || errors.Is(err, unix.ENOBUFS)
+}
+
+// release closes what the device holds.
 func (d *tunDevice) release() error {
 	var errs []error
 	if d.watch != nil {
@@ -177,18 +201,16 @@ func (d *tunDevice) release() error {
 }
 
 // Close implements Device. Activate and Reload see closing and give up; whoever calls Close second waits for the first.
-func (d *tunDevice) Close() error {
+func (d *tunDevice) Close() (err error) {
 	d.closing.Store(true)
 	d.closeOnce.Do(func() {
-		defer close(d.closed)
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		d.stats() // the last look at the kernel's counter
-		d.closeErr = d.release()
+		d.see() // the last look at the kernel's counter
+		err = d.release()
 		d.events.close()
 	})
-	<-d.closed
-	return d.closeErr
+	return err
 }
 
 // Queues implements Device.
@@ -225,8 +247,11 @@ func (d *tunDevice) State() State {
 	}
 	d.viewMu.Lock()
 	defer d.viewMu.Unlock()
-	s.Networks = d.cfg.clone().Networks
-	s.report = report{config: d.cfg.clone(), queues: len(d.queues), stats: d.stats(), notes: append([]string(nil), d.notes...)}
+	s.Networks = slices.Clone(d.cfg.Networks)
+	s.report = report{
+		config: d.cfg, adopted: d.adopted, queues: len(d.queues), txQueueLen: link.TxQueueLen,
+		stats: d.stats(), notes: slices.Clone(d.notes),
+	}
 	if d.unverified {
 		s.report.notes = append(s.report.notes, "the device's network namespace could not be verified (needs CAP_NET_ADMIN)")
 	}
@@ -237,18 +262,29 @@ func (d *tunDevice) lastLink() kernel.Link { return d.last.Load().(kernel.Link) 
 
 // look asks the kernel for the link; false, with what was seen last, if it is not here any more.
 func (d *tunDevice) look() (kernel.Link, bool) {
-	if d.closing.Load() || d.lost.Load() {
+	if d.closing.Load() {
 		return d.lastLink(), false
+	}
+	here := d.see()
+	return d.lastLink(), here
+}
+
+// see updates the last link that was seen; false if it is not here any more. A kernel that does not answer changes nothing.
+func (d *tunDevice) see() bool {
+	d.lookMu.Lock()
+	defer d.lookMu.Unlock()
+	if d.lost.Load() {
+		return false
 	}
 	link, err := d.ownLink(d.view)
 	switch {
 	case err == nil:
 		d.last.Store(link)
-		return link, true
+		return true
 	case errors.Is(err, unix.ENODEV), errors.Is(err, ErrGone):
-		return d.lastLink(), false
+		return false
 	}
-	return d.lastLink(), true // not told: believe what was
+	return true
 }
 
 // note records that an optional ability is missing.

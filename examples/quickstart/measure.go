@@ -323,7 +323,11 @@ func connect(ctx context.Context, from, to *host) (out, in *net.TCPConn, err err
 	if err != nil {
 		return nil, nil, err
 	}
-	if in, err = listener.AcceptTCP(); err != nil {
+	// What is in flight shall fit the device's queue of 500 packets, and not take long to drain at the end.
+	if err = out.SetWriteBuffer(256 << 10); err == nil {
+		in, err = listener.AcceptTCP()
+	}
+	if err != nil {
 		return nil, nil, errors.Join(err, out.Close())
 	}
 	return out, in, nil
