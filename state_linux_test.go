@@ -267,6 +267,7 @@ func TestAMillionBadPacketsLogNothing(t *testing.T) {
 	var log ledger
 	r := newRig(t, Config{Logger: log.logger()})
 	awaitEvent(t, r.dev, EventUp)
+	awaitEvent(t, r.dev, EventChanged) // a smaller MTU comes last
 	before := len(log.lines())
 	batch := make([]Packet, 1000)
 	for i := range batch {
