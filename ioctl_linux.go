@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -27,12 +26,6 @@ const (
 // framing are the flags that say how packets look on a descriptor, as far as TUNGETIFF tells; they must be the same on every
 // queue. It does not tell flagNoPI: that is also IFF_NOFILTER, which it always sets on a TUN. kernel.Tun has PacketInfo.
 const framing = flagTUN | flagTAP | flagMultiQueue | flagVnetHeader | flagNAPI
-
-// unix.Ifreq must be as large as what the kernel copies: a name, then a union whose largest member, struct ifmap, holds two
-// longs and eight bytes (kernel.md U35). Of another size, the array's length is no longer the value's.
-const ifreqSize = unix.IFNAMSIZ + 2*unsafe.Sizeof(uintptr(0)) + 8
-
-var _ [ifreqSize]byte = [unsafe.Sizeof(unix.Ifreq{})]byte{}
 
 // setIff creates the device called name, or attaches fd to it, and returns the name that the kernel gave it.
 func setIff(fd int, name string, flags tunFlags) (string, error) {
