@@ -3,7 +3,6 @@ package overlay
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -65,9 +64,6 @@ func (d *tunDevice) Reload(cfg Config) error {
 const (
 	rounds     = 4 // looks of converge: once for the MTU that brings IPv6 back, once to check, twice for others
 	backRounds = 6 // looks of takeBack: once for each kind of object, and for others
-
-	deliveryWait  = 3 * time.Second
-	deliveryPause = 200 * time.Microsecond
 )
 
 // past is what Activate and Reload remember from one call to the next.
@@ -123,19 +119,32 @@ type execution struct {
 	unknown     error  // why the outcome of some is
 }
 
-// reach looks, plans and carries out until there is nothing left to do.
+// reach looks, plans and carries out until there is nothing left to do, and the kernel takes packets for our addresses.
 func (e *execution) reach(want *desired) error {
-	for range rounds {
+	var patience deliveries
+	for round := 0; round < rounds; {
+		if err := e.device.alive(); err != nil {
+			return err
+		}
 		if err := e.look(); err != nil {
 			return err
 		}
 		if err := e.device.feasible(e.now, want); err != nil {
 			return err
 		}
-		if e.left = e.pending(plan(e.now, want)); len(e.left) == 0 {
-			return e.device.delivered(want)
+		e.left = e.pending(plan(e.now, want))
+		if len(e.left) > 0 {
+			round++
+			if err := e.carryOut(e.left); err != nil {
+				return err
+			}
+			continue
 		}
-		if err := e.carryOut(e.left); err != nil {
+		waiting, err := e.device.undelivered(want)
+		if err != nil || len(waiting) == 0 {
+			return err
+		}
+		if err := patience.wait(waiting); err != nil {
 			return err
 		}
 	}
@@ -225,33 +234,48 @@ func (d *tunDevice) observeRoutes(have *observed, family uint8) error {
 	return nil
 }
 
-// delivered waits until the kernel takes packets for our IPv6 addresses: it shows an address at once, but lets a worker make
-// it local, and if the device has only just got its carrier, by up to a second later.
-func (d *tunDevice) delivered(want *desired) error {
-	waiting := make(map[netip.Addr]bool)
+// undelivered lists our IPv6 addresses that the kernel takes no packets for. It shows an address at once, but lets a worker make
+// it local; if the device has only just got its carrier, by up to a second later.
+func (d *tunDevice) undelivered(want *desired) ([]netip.Addr, error) {
+	var waiting []netip.Addr
 	for _, a := range want.addresses {
 		if a.Prefix.Addr().Is6() {
-			waiting[a.Prefix.Addr()] = true
+			waiting = append(waiting, a.Prefix.Addr())
 		}
 	}
-	for deadline := time.Now().Add(deliveryWait); len(waiting) > 0; time.Sleep(deliveryPause) {
-		messages, err := d.ctl.Dump(rtnl.GetLocal(unix.AF_INET6, d.index))
-		if err != nil {
-			return fmt.Errorf("read the local addresses: %w", err)
-		}
-		for _, m := range messages {
-			if r, _, err := rtnl.DecodeRoute(m); err == nil && r.Link == d.index && r.Table == kernel.TableLocal {
-				delete(waiting, r.Prefix.Addr())
-			}
-		}
-		if err := d.alive(); err != nil {
-			return err
-		}
-		if len(waiting) > 0 && time.Now().After(deadline) {
-			list := slices.SortedFunc(maps.Keys(waiting), netip.Addr.Compare)
-			return fmt.Errorf("the kernel does not deliver to %s after %v: has the device a carrier?", brief(list, netip.Addr.String), deliveryWait)
+	if len(waiting) == 0 {
+		return nil, nil
+	}
+	messages, err := d.ctl.Dump(rtnl.GetLocal(unix.AF_INET6, d.index))
+	if err != nil {
+		return nil, fmt.Errorf("read the local addresses: %w", err)
+	}
+	for _, m := range messages {
+		r, _, err := rtnl.DecodeRoute(m)
+		if err == nil && r.Link == d.index && r.Table == kernel.TableLocal {
+			waiting = slices.DeleteFunc(waiting, func(a netip.Addr) bool { return a == r.Prefix.Addr() })
 		}
 	}
+	return waiting, nil
+}
+
+// deliveries bounds the waiting for them.
+type deliveries struct {
+	deadline time.Time
+	pause    time.Duration
+}
+
+func (p *deliveries) wait(waiting []netip.Addr) error {
+	const longest = 3 * time.Second
+	if p.deadline.IsZero() {
+		p.deadline, p.pause = time.Now().Add(longest), 100*time.Microsecond
+	}
+	if time.Now().After(p.deadline) {
+		return fmt.Errorf("read the local addresses: the kernel does not deliver to %s after %v: has the device a carrier?",
+			brief(waiting, netip.Addr.String), longest)
+	}
+	time.Sleep(p.pause)
+	p.pause = min(2*p.pause, 10*time.Millisecond)
 	return nil
 }
 

@@ -230,8 +230,9 @@ func linkUnknowing(lines []string) (out []string) {
 	for _, line := range lines {
 		fields := strings.Fields(line)
 		if fields[0] == "route" {
-			if fields[1][14:16] == "05" {
-				continue // multicast
+			isIPv6, isLocal := fields[1][:2] == "0a", fields[1][14:16] == "02"
+			if fields[1][14:16] == "05" || isIPv6 && isLocal {
+				continue // multicast; and what makes an IPv6 address local, which a worker adds when there is a carrier
 			}
 			fields[1] = fields[1][:16] // its flags are the last of the header
 		}

@@ -128,6 +128,11 @@ func TestCloseUnderLoad(t *testing.T) {
 			})
 		}
 		untilClosed(r.dev.Activate)
+		mtu := 0
+		untilClosed(func() error {
+			mtu = 1300 + (mtu+1)%2
+			return r.dev.Reload(Config{NetNS: r.ns.Path(), Networks: []netip.Prefix{own4}, Queues: 2, TxQueueLen: 50, MTU: mtu})
+		})
 		untilClosed(func() error {
 			_, _, _ = r.dev.State().String(), r.dev.Stats(), r.dev.Queues()
 			select {
@@ -408,6 +413,40 @@ func TestQueueCloseMovesItsFlows(t *testing.T) {
 		t.Fatal(err)
 	}
 	readers.Wait()
+}
+
+// kernel.md V18: closing is not detaching, which would take the queue from a successor too: its duplicate goes on, with the
+// backlog and the flows.
+func TestQueueCloseLeavesASuccessorsDuplicate(t *testing.T) {
+	r := newRig(t, Config{Queues: 2})
+	first, second := r.dev.Queues()[0], r.dev.Queues()[1]
+	f, err := first.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := second.Close(); err != nil { // so that all comes by the first
+		t.Fatal(err)
+	}
+	w := r.tap()
+	w.send(sequence(1))
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	w.send(sequence(2))
+	if err := f.SetReadDeadline(time.Now().Add(patience)); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, maxPacket)
+	for i := 1; i <= 2; i++ {
+		if n, err := f.Read(buf); err != nil || !bytes.Equal(buf[:n], sequence(i)) {
+			t.Fatalf("the successor reads %d bytes, %v", n, err)
+		}
+	}
+	if _, err := f.Write(sequence(3)); err != nil {
+		t.Errorf("the successor's write: %v", err)
+	}
+	r.requireStats(Stats{})
 }
 
 // kernel.md V18: the packets that wait in a closing queue are lost, and counted, each of them once.

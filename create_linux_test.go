@@ -333,6 +333,74 @@ func (c *faultyConn) Do(requests ...rtnl.Message) []rtnl.Result {
 	return c.conn.Do(requests...)
 }
 
+// One of our own user attaches to the device while its queues are added: that is found out too, and the device made anew.
+func TestIntruderOfOurOwnUser(t *testing.T) {
+	nstest.Require(t, nstest.TUN)
+	nstest.Leaks(t)
+	ns := nstest.New(t)
+	created := 0
+	intrude := meddleAt(3, func() { rawTun(t, ns, "x", flagTUN|flagNoPI|flagMultiQueue) })
+	opened(t)(newWith(Config{Name: "x", Queues: 3, NetNS: ns.Path()}, func(fd int, name string, flags tunFlags) (string, error) {
+		if flags&flagExclusive != 0 {
+			created++
+		}
+		return intrude(fd, name, flags)
+	}))
+	if link, _ := linkIn(t, ns, "x"); created != 2 || link.Tun.Queues != 3 {
+		t.Errorf("made %d times, %+v; want twice, 3 queues", created, link.Tun)
+	}
+}
+
+// meddlingConn does something before its n-th request.
+type meddlingConn struct {
+	conn
+	n    int
+	does func()
+}
+
+func (c *meddlingConn) Do(requests ...rtnl.Message) []rtnl.Result {
+	if c.n--; c.n == 0 {
+		c.does()
+	}
+	return c.conn.Do(requests...)
+}
+
+// A device that is renamed while New looks for it, whose name another takes at once, is still told from that one.
+func TestRenamedDuringLook(t *testing.T) {
+	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
+	nstest.Leaks(t)
+	for _, queues := range []int{1, 2} {
+		for n := 1; n <= 4; n++ {
+			ns := nstest.New(t)
+			var other int
+			d, err := newTun(Config{Name: "x", NetNS: ns.Path(), Queues: queues}, func(o *opener) (*attachment, error) {
+				o.conn = &meddlingConn{o.conn, n, func() {
+					ns.Run(t, "ip link set x name y")
+					ns.Run(t, "ip tuntap add dev x mode tun multi_queue")
+					link, _ := linkIn(t, ns, "x")
+					other = link.Index
+				}}
+				return o.open()
+			})
+			switch {
+			case err == nil && d.State().Index == other:
+				t.Errorf("%d queues, request %d: took the other for our own", queues, n)
+			case err != nil && queues == 1: // more are attached by name
+				t.Errorf("request %d: %v", n, err)
+			}
+			if err == nil {
+				d.Close()
+			}
+			if link, ok := linkIn(t, ns, "x"); other != 0 && (!ok || link.Index != other || !link.Tun.Persist || link.Tun.Queues != 0 || link.Tun.Owner != -1) {
+				t.Errorf("%d queues, request %d: the other is %+v", queues, n, link)
+			}
+			if _, ok := linkIn(t, ns, "y"); ok {
+				t.Errorf("%d queues, request %d: ours is left", queues, n)
+			}
+		}
+	}
+}
+
 // Whichever ioctl or request fails, New leaves nothing behind, and an attached device as it was.
 func TestFailedNewChangesNothing(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Program("ip"))

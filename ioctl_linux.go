@@ -74,9 +74,9 @@ func setPersist(fd int) error { return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 
 func setOffload(fd, mask int) error { return unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, mask) }
 
 // setDefaults gives a new device back what somebody may have changed who had a descriptor of it for a moment: send buffer,
-// carrier, eBPF programs, size and byte order of the virtio header, kernel messages for every packet, offloads. All of that
-// stays when his descriptor is closed. What else he can change (owner, group, persistence, link type) can be read, and is
-// the caller's to check.
+// carrier, eBPF programs, size and byte order of the virtio header, kernel messages for every packet. All of that stays when
+// his descriptor is closed. What else he can change (owner, group, persistence, link type) can be read, and is the caller's
+// to check; the offload mask is set for every device, last of all.
 func setDefaults(fd int) error {
 	for _, s := range []struct {
 		what    string
@@ -99,7 +99,7 @@ func setDefaults(fd int) error {
 	if err := unix.IoctlSetInt(fd, unix.TUNSETDEBUG, 0); err != nil && !errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("set debug: %w", err)
 	}
-	return setOffload(fd, 0)
+	return nil
 }
 
 // vnetHeaderSize is the kernel's default: struct virtio_net_hdr.

@@ -50,6 +50,35 @@ func TestStatsCountWhatTheKernelDropped(t *testing.T) {
 	}
 }
 
+// Whoever asks at whatever time, no counter goes back.
+func TestStatsNeverGoBack(t *testing.T) {
+	r := newRig(t, Config{TxQueueLen: 1})
+	w, stop := r.tap(), make(chan struct{})
+	var callers sync.WaitGroup
+	for range 3 {
+		callers.Go(func() {
+			for last := uint64(0); ; {
+				now := r.dev.Stats().ReadDropped
+				if now < last {
+					t.Errorf("ReadDropped went from %d to %d", last, now)
+				}
+				last = now
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		})
+	}
+	for i := range 3000 {
+		w.send(sequence(i))
+	}
+	close(stop)
+	callers.Wait()
+	r.requireStats(Stats{ReadDropped: 2999})
+}
+
 // A device that is attached to starts from zero, whatever its kernel counters say.
 func TestStatsBeginAtNew(t *testing.T) {
 	r := newDownRig(t, Config{Persist: true, Name: "lasting", TxQueueLen: 10})
@@ -199,7 +228,7 @@ func TestLogGetsEventsAndNothingElse(t *testing.T) {
 	awaitEvent(t, r.dev, EventUp)
 	r.ip("link set DEV down")
 	awaitEvent(t, r.dev, EventDown)
-	r.ip("link set DEV up mtu 1301")
+	r.ip("link set DEV up")
 	awaitEvent(t, r.dev, EventUp)
 	before := log.lines()
 	if err := r.dev.Close(); err != nil {

@@ -193,7 +193,7 @@ func TestStrangersTraces(t *testing.T) {
 	for _, c := range []struct {
 		name  string
 		does  func(fd int) error
-		stays bool // his descriptor remains open
+		stays bool // his descriptor remains open, until he does more by it and leaves unseen
 		anew  bool
 	}{
 		{"queue", func(int) error { return nil }, true, true},
@@ -220,15 +220,22 @@ func TestStrangersTraces(t *testing.T) {
 			ns := nstest.New(t)
 			quiet := nstest.New(t)
 			want := readings(t, quiet, newIn(t, quiet, Config{Name: "x", Queues: 2}))
-			created := 0
+			created, his := 0, -1
 			cfg := Config{Name: "x", Queues: 2, NetNS: ns.Path(), Networks: []netip.Prefix{netip.MustParsePrefix("10.9.0.1/24")}}
 			d := opened(t)(newWith(cfg, func(fd int, name string, flags tunFlags) (string, error) {
+				if flags&flagExclusive == 0 && his >= 0 {
+					errors.Join(unix.IoctlSetPointerInt(his, unix.TUNSETSNDBUF, 1), unix.Close(his)) // in vain: it is of a former device
+					his = -1
+				}
 				got, err := setIff(fd, name, flags)
 				if flags&flagExclusive == 0 || err != nil {
 					return got, err
 				}
 				if created++; created == 1 {
-					stranger(t, ns, c.does, c.stays)
+					if his = stranger(t, ns, c.does); !c.stays {
+						unix.Close(his)
+						his = -1
+					}
 				}
 				return got, err
 			}))
@@ -245,8 +252,8 @@ func TestStrangersTraces(t *testing.T) {
 	}
 }
 
-// stranger gets a queue, does something with it and may stay.
-func stranger(t testing.TB, ns *nstest.NS, does func(fd int) error, stays bool) {
+// stranger gets a queue and does something with it.
+func stranger(t testing.TB, ns *nstest.NS, does func(fd int) error) int {
 	t.Helper()
 	fd, err := tryTun(ns.Path(), "x", strangerFlags)
 	if err == nil {
@@ -255,11 +262,7 @@ func stranger(t testing.TB, ns *nstest.NS, does func(fd int) error, stays bool) 
 	if err != nil {
 		t.Errorf("the stranger failed: %v", err)
 	}
-	if stays {
-		t.Cleanup(func() { unix.Close(fd) })
-	} else {
-		unix.Close(fd)
-	}
+	return fd
 }
 
 // detachQueue switches a queue off: the kernel counts it elsewhere, and lets it come back.
@@ -333,7 +336,12 @@ func TestStrangerForEver(t *testing.T) {
 			got, err := setIff(fd, name, flags)
 			if flags&flagExclusive != 0 && err == nil {
 				attempts++
-				stranger(t, ns, does, what == "stays")
+				his := stranger(t, ns, does)
+				if what == "stays" {
+					t.Cleanup(func() { unix.Close(his) })
+				} else {
+					unix.Close(his)
+				}
 			}
 			return got, err
 		})
