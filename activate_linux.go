@@ -369,7 +369,7 @@ func (e *execution) report() {
 		d.notify(Event{Kind: EventDegraded, N: len(news), Err: errors.Join(news...)})
 	}
 	if lost := lostRoutes(e.before, e.now, e.done, e.protocol); len(lost) > 0 {
-		err := fmt.Errorf("others' routes went with the address that they named as source: %s", brief(lost, routeText))
+		err := fmt.Errorf("others' routes went with an address of ours: %s", brief(lost, routeText))
 		d.notify(Event{Kind: EventDegraded, N: len(lost), Err: err})
 	}
 }

@@ -285,13 +285,18 @@ func TestRemovedAddressTakesStrangersRoutes(t *testing.T) {
 	l.ip(strings.ReplaceAll("route add 10.7.0.0/16 dev DEV src 10.42.0.1\nroute add 10.8.0.0/16 dev DEV src 10.42.0.1\nroute add 10.6.0.0/16 dev DEV src 10.43.0.1", "DEV", name))
 	l.reload(d, Config{Networks: prefixes("10.43.0.1/24")})
 	e := l.event(d, EventDegraded)
-	want := "others' routes went with the address that they named as source: 10.7.0.0/16 metric 0 table 254 mtu 0 proto 3; 10.8.0.0/16 metric 0 table 254 mtu 0 proto 3"
+	want := "others' routes went with an address of ours: 10.7.0.0/16 metric 0 table 254 mtu 0 proto 3; 10.8.0.0/16 metric 0 table 254 mtu 0 proto 3"
 	if e.N != 2 || e.Err.Error() != want {
 		t.Errorf("event %v, want (2): %s", e, want)
 	}
 	l.want("routes", l.routes(d.index), "10.6.0.0/16 table 254 metric 0 proto 3 mtu 0 mss 0 src 10.43.0.1",
 		"10.43.0.0/24 table 254 metric 0 proto 111 mtu 1300 mss 1260 src 10.43.0.1")
-	// An address that only changes its length takes none.
+	// An address that only changes its length takes none, and the last of all takes every one.
 	l.reload(d, Config{Networks: prefixes("10.43.0.1/16")})
 	l.noEvent(d, EventDegraded)
+	l.ip("route add 10.5.0.0/16 dev " + name)
+	l.reload(d, Config{})
+	if e := l.event(d, EventDegraded); e.N != 2 {
+		t.Errorf("event %v, want (2)", e)
+	}
 }

@@ -8,11 +8,11 @@ import (
 
 // restoring returns the next steps from now, the state after all of done was taken back, to before: what the kernel changed
 // beside what it was asked to. With an MTU below 1280 went all of IPv6, with a link down the IPv6 addresses, with an address
-// the IPv4 routes that named it as source; a changed MTU went into IPv6 routes, and an address that was put back stands last.
+// the IPv4 routes that named it as source, with the last all of them; a changed MTU went into IPv6 routes, and an address that was put back stands last.
 // What others did meanwhile is left to them. Each kind of object waits for those that it depends on: look again, until there
 // are no steps.
 func restoring(now, before *observed, done []step, protocol uint8) []step {
-	t := touched(done)
+	t := touched(done, before.addresses)
 	steps := t.restoreLink(&now.link, &before.link)
 	if len(steps) == 0 {
 		steps = t.restoreAddresses(now.addresses, before.addresses, protocol)
@@ -30,10 +30,13 @@ type trail struct {
 	removed        []kernel.Addr
 	deleted        []kernel.Route
 	lost6          bool // IPv6 addresses and settings may have gone with something else
+	lost4          bool // IPv4 routes may have gone with the last IPv4 address
 }
 
-func touched(steps []step) *trail {
+// touched is the trail of steps that were carried out, and perhaps taken back, where there had been addresses.
+func touched(steps []step, addresses []kernel.Addr) *trail {
 	t := &trail{settings: make(map[setting]bool)}
+	moved4 := false
 	for _, s := range steps {
 		switch s.kind {
 		case stepMTU:
@@ -45,12 +48,18 @@ func touched(steps []step) *trail {
 			t.settings[s.setting] = true
 		case stepUp:
 			t.up, t.lost6 = true, true
+		case stepAddAddr:
+			moved4 = moved4 || s.addr.Prefix.Addr().Is4()
 		case stepDelAddr:
+			moved4 = moved4 || s.addr.Prefix.Addr().Is4()
 			t.removed = append(t.removed, s.addr)
 		case stepDelRoute:
 			t.deleted = append(t.deleted, s.route)
 		}
 	}
+	t.lost4 = moved4 && !slices.ContainsFunc(addresses, func(a kernel.Addr) bool {
+		return a.Prefix.Addr().Is4() && !slices.ContainsFunc(t.removed, a.Same)
+	})
 	return t
 }
 
@@ -86,7 +95,7 @@ func bit(b bool) int {
 func (t *trail) restoreAddresses(now, before []kernel.Addr, protocol uint8) []step {
 	var steps []step
 	for _, a := range now {
-		ours := a.Protocol == protocol || t.lost6 && isKernelsLinkLocal(a)
+		ours := a.Protocol == protocol || isKernelsLinkLocal(a) && (t.lost6 || t.settings[settingIPv6AddrGen])
 		if ours && !slices.ContainsFunc(before, a.Same) {
 			steps = append(steps, step{kind: stepDelAddr, addr: a})
 		}
@@ -112,12 +121,21 @@ func (t *trail) restoreAddresses(now, before []kernel.Addr, protocol uint8) []st
 // unseen is restoring where now cannot be looked at: the steps are harmless where they are not needed. false: they may not be
 // enough.
 func unseen(before *observed, done []step, protocol uint8) (steps []step, enough bool) {
-	t := touched(done)
-	routes6 := slices.ContainsFunc(before.routes, func(r kernel.Route) bool { return r.Prefix.Addr().Is6() })
-	enough = !slices.ContainsFunc(done, func(s step) bool { // an MTU that is raised again
-		return s.kind == stepMTU && s.from > s.to &&
-			(routes6 || // goes into IPv6 routes that it was not in
-				s.to < minIPv6MTU && before.link.IPv6 != nil) // and finds all of IPv6 gone
+	t := touched(done, before.addresses)
+	enough = !slices.ContainsFunc(done, func(s step) bool {
+		switch {
+		case s.kind == stepMTU && min(s.from, s.to) < minIPv6MTU:
+			return before.link.IPv6 != nil // it comes back as new
+		case s.kind == stepMTU: // it went into IPv6 routes that were larger, and raised again into some that were not
+			return slices.ContainsFunc(before.routes, func(r kernel.Route) bool {
+				return r.Prefix.Addr().Is6() && r.MTU != 0 && (s.from > s.to || int(r.MTU) > s.from)
+			})
+		case s.kind == stepDelAddr && !s.addr.NoPrefixRoute: // the kernel makes it a route that it may not have had
+			return !slices.ContainsFunc(before.routes, func(r kernel.Route) bool {
+				return r.Protocol == kernel.ProtoKernel && r.RouteKey == connectedKey(networkOf(s.addr))
+			})
+		}
+		return s.now // the kernel made an address of its own choice
 	})
 	for _, a := range before.addresses {
 		if t.lost6 && a.Prefix.Addr().Is6() {
@@ -132,7 +150,7 @@ func unseen(before *observed, done []step, protocol uint8) (steps []step, enough
 	}
 	steps = append(steps, reorder(now, before.addresses, protocol)...)
 	for _, r := range before.routes {
-		if t.sourceGone(r) {
+		if t.addressGone(r) {
 			steps = append(steps, step{kind: stepAddRoute, route: r})
 		}
 	}
@@ -144,7 +162,8 @@ func unseen(before *observed, done []step, protocol uint8) (steps []step, enough
 func reorder(now, before []kernel.Addr, protocol uint8) []step {
 	common := func(list, other []kernel.Addr) []kernel.Addr {
 		return slices.DeleteFunc(slices.Clone(list), func(a kernel.Addr) bool {
-			return a.Prefix.Addr().Is6() || !slices.ContainsFunc(other, a.Same)
+			// The network of a point-to-point address is another host: a companion might be in the way.
+			return a.Prefix.Addr().Is6() || a.Peer.IsValid() || !slices.ContainsFunc(other, a.Same)
 		})
 	}
 	is, was := common(now, before), common(before, now)
@@ -169,13 +188,14 @@ func (t *trail) restoreRoutes(now, before []kernel.Route, protocol uint8) []step
 	is, was, deleted := routeSet(now), routeSet(before), routeSet(t.deleted)
 	var add, remove []step
 	for _, r := range now {
-		if r.Protocol == protocol && !was[plainRoute(r)] {
+		ours := r.Protocol == protocol || r.Protocol == kernel.ProtoKernel && t.readded(r)
+		if ours && !was[plainRoute(r)] {
 			exact := r.Prefix.Addr().Is4() && r.Message == ""
 			remove = append(remove, step{kind: stepDelRoute, route: r, exact: exact})
 		}
 	}
 	for _, r := range before {
-		ours := r.Protocol == protocol || deleted[plainRoute(r)] || t.sourceGone(r)
+		ours := r.Protocol == protocol || deleted[plainRoute(r)] || t.addressGone(r)
 		if ours && !is[plainRoute(r)] {
 			add = append(add, step{kind: stepAddRoute, route: r})
 		}
@@ -190,9 +210,17 @@ func (t *trail) restoreRoutes(now, before []kernel.Route, protocol uint8) []step
 	return slices.Concat(remove[:first], add, remove[first:])
 }
 
-// sourceGone says whether r went with an address that was removed.
-func (t *trail) sourceGone(r kernel.Route) bool {
-	return r.Source.Is4() && slices.ContainsFunc(t.removed, func(a kernel.Addr) bool { return a.Prefix.Addr() == r.Source })
+// readded says whether the kernel made r of an address that was put back.
+func (t *trail) readded(r kernel.Route) bool {
+	return slices.ContainsFunc(t.removed, func(a kernel.Addr) bool { return connectedKey(networkOf(a)) == r.RouteKey })
+}
+
+// addressGone says whether r, of IPv4, went with an address: the one that it names as source, or the device's last.
+func (t *trail) addressGone(r kernel.Route) bool {
+	if r.Prefix.Addr().Is6() {
+		return false
+	}
+	return t.lost4 || slices.ContainsFunc(t.removed, func(a kernel.Addr) bool { return a.Prefix.Addr() == r.Source })
 }
 
 // routeSet holds routes without their messages, which tell of ages and use too.
@@ -209,10 +237,10 @@ func plainRoute(r kernel.Route) kernel.Route {
 	return r
 }
 
-// lostRoutes lists strangers' IPv4 routes that went with an address which they named as source (kernel.md V7).
+// lostRoutes lists strangers' IPv4 routes that went with an address of ours (kernel.md V7, A8).
 func lostRoutes(before, now *observed, done []step, protocol uint8) []kernel.Route {
-	t, is := touched(done), routeSet(now.routes)
+	t, is := touched(done, before.addresses), routeSet(now.routes)
 	return slices.DeleteFunc(slices.Clone(before.routes), func(r kernel.Route) bool {
-		return r.Protocol == protocol || r.Protocol == kernel.ProtoKernel || !t.sourceGone(r) || is[plainRoute(r)]
+		return r.Protocol == protocol || r.Protocol == kernel.ProtoKernel || !t.addressGone(r) || is[plainRoute(r)]
 	})
 }

@@ -135,6 +135,7 @@ func (c *Conn) exchange(requests []Message, results []Result) error {
 		return err // nothing of it was carried out
 	}
 	if err := c.collect(first, results); err != nil {
+		c.sock.drain() // a full buffer would take no later answer either
 		return fmt.Errorf("%w: %w", ErrUnknown, err)
 	}
 	return nil
@@ -160,7 +161,9 @@ func (c *Conn) collect(first uint32, results []Result) error {
 				results[i].Answers = append(results[i].Answers, m)
 				continue
 			}
-			results[i].Err = decodeError(m)
+			if results[i].Err = decodeError(m); errors.Is(results[i].Err, ErrMalformed) {
+				results[i].Err = fmt.Errorf("%w: %w", ErrUnknown, results[i].Err)
+			}
 			if int(i) == len(results)-1 {
 				return nil
 			}
@@ -214,38 +217,45 @@ func (c *Conn) dump(request Message) ([]Message, error) {
 	if err := c.sock.send(request.appendTo(nil)); err != nil {
 		return nil, err
 	}
-	var all []Message
+	all, end, err := c.collectDump(request.Seq)
+	if !end {
+		c.sock.drain() // to its end: the kernel begins no other on this socket before
+	}
+	return all, err
+}
+
+// collectDump reads to the end of a dump; end: it got there.
+func (c *Conn) collectDump(seq uint32) (all []Message, end bool, err error) {
 	whole := true
 	for {
 		datagram, err := c.receive()
 		if errors.Is(err, ErrOverrun) {
-			whole = false // and on to its end: the kernel begins no other on this socket before
+			whole = false
 			continue
 		}
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		copied := append([]byte(nil), datagram...)
 		for m, err := range split(copied) {
 			if err != nil {
-				return nil, err
+				return nil, false, err
 			}
-			if m.Seq != request.Seq {
+			if m.Seq != seq {
 				continue // left from an exchange whose answers were lost
 			}
 			whole = whole && m.Flags&unix.NLM_F_DUMP_INTR == 0
-			switch m.Type {
-			case unix.NLMSG_ERROR, unix.NLMSG_DONE:
-				if err := decodeError(m); err != nil {
-					return nil, err
-				}
-				if !whole {
-					return all, ErrInterrupted
-				}
-				return all, nil
-			default:
+			if m.Type != unix.NLMSG_ERROR && m.Type != unix.NLMSG_DONE {
 				all = append(all, m)
+				continue
 			}
+			if err := decodeError(m); err != nil {
+				return nil, true, err
+			}
+			if !whole {
+				return all, true, ErrInterrupted
+			}
+			return all, true, nil
 		}
 	}
 }

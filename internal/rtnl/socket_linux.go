@@ -21,6 +21,8 @@ type socket interface {
 	send(b []byte) error
 	// receive reads one datagram, or as much of it as fits; n is its whole length.
 	receive(b []byte) (n int, whole, fromKernel bool, err error)
+	// drain throws away what waits to be received.
+	drain()
 	close() error
 }
 
@@ -67,6 +69,16 @@ func (s *kernelSocket) receive(b []byte) (n int, whole, fromKernel bool, err err
 	n, _, flags, from, err := unix.Recvmsg(s.fd, b, nil, unix.MSG_TRUNC)
 	sender, ok := from.(*unix.SockaddrNetlink)
 	return n, flags&unix.MSG_TRUNC == 0, ok && sender.Pid == 0, err
+}
+
+func (s *kernelSocket) drain() {
+	var b [1]byte
+	for {
+		_, _, err := unix.Recvfrom(s.fd, b[:], unix.MSG_DONTWAIT)
+		if err != nil && err != unix.EINTR && err != unix.ENOBUFS {
+			return // EAGAIN: no more
+		}
+	}
 }
 
 func (s *kernelSocket) close() error { return unix.Close(s.fd) }
