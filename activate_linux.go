@@ -30,12 +30,12 @@ func (d *tunDevice) Activate() error {
 
 // Reload implements Device. The tree learns new routes before the kernel does and forgets old ones after.
 func (d *tunDevice) Reload(cfg Config) error {
-	if err := cfg.Validate(); err != nil {
-		return err
-	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.alive(); err != nil {
+		return err
+	}
+	if err := cfg.Validate(); err != nil {
 		return err
 	}
 	if d.adopted && cfg.Queues == 0 {
@@ -431,20 +431,4 @@ func (e *execution) undo(steps []step) error {
 		steps = steps[n:]
 	}
 	return errors.Join(errs...)
-}
-
-func differences(steps []step) string { return brief(steps, step.String) }
-
-// brief lists the first few.
-func brief[T any](list []T, text func(T) string) string {
-	const most = 8
-	var names []string
-	for i, v := range list {
-		if i == most {
-			names = append(names, fmt.Sprintf("and %d more", len(list)-most))
-			break
-		}
-		names = append(names, text(v))
-	}
-	return strings.Join(names, "; ")
 }

@@ -183,6 +183,10 @@ func TestWriteBatchOfAMixture(t *testing.T) {
 		}
 	}
 	r.requireStats(Stats{WritePackets: 7, WriteBytes: uint64(size), WriteSuper: 2, WriteRefused: 3, WriteFiltered: 1})
+	tooLong := Packet{Data: filler(4, maxPacket+1, 1)}
+	if n, err := r.q.WriteBatch([]Packet{tooLong, malformed, {Data: nil}}); n != 0 || !errors.Is(err, unix.EMSGSIZE) {
+		t.Errorf("three bad packets: got %d, %v, want what is wrong with the first", n, err)
+	}
 	if n, err := r.q.WriteBatch(nil); n != 0 || err != nil {
 		t.Errorf("an empty batch: got %d, %v", n, err)
 	}

@@ -145,6 +145,9 @@ func newWithFewDescriptors() error {
 		r.Close()
 		w.Close()
 	}
+	if err := connectWithFewDescriptors(); err != nil {
+		return err
+	}
 	for _, cfg := range []Config{
 		{Name: "few0", NetNS: "/proc/thread-self/ns/net", Queues: 3},
 		{Name: "few0", NetNS: "/proc/thread-self/ns/net", Persist: true},
@@ -153,9 +156,10 @@ func newWithFewDescriptors() error {
 		before := openDescriptors()
 		failures := 0
 		for limit := 3; ; limit++ {
-			d, err := newWithLimit(cfg, limit)
+			var d Device
+			err := withLimit(limit, func() (err error) { d, err = New(cfg); return err })
 			if err == nil {
-				err = complete(d)
+				err = d.Close()
 			} else if err = failedClean(err, before); err == nil {
 				failures++
 				continue
@@ -178,17 +182,35 @@ func newWithFewDescriptors() error {
 	return nil
 }
 
-// newWithLimit calls New where descriptors have numbers below the limit.
-func newWithLimit(cfg Config, limit int) (Device, error) {
+// withLimit makes a call for which descriptors have numbers below the limit.
+func withLimit(limit int, call func() error) error {
 	var old unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
-		return nil, err
+		return err
 	}
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: uint64(limit), Max: old.Max}); err != nil {
-		return nil, err
+		return err
 	}
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &old)
-	return New(cfg)
+	return call()
+}
+
+// connectWithFewDescriptors tries what New does first: it needs four, and goes without none of them for want of descriptors.
+func connectWithFewDescriptors() error {
+	for limit := 3; ; limit++ {
+		d := &tunDevice{procfs: -1}
+		err := withLimit(limit, d.connect)
+		missing := len(d.notes) > 0 || d.procfs < 0 || d.watch == nil
+		switch {
+		case err == nil && missing:
+			return fmt.Errorf("descriptors below %d: connect went on without something: procfs %d, notes %q", limit, d.procfs, d.notes)
+		case err != nil && !errors.Is(err, unix.EMFILE):
+			return err
+		}
+		if release := d.release(); release != nil || err == nil {
+			return release
+		}
+	}
 }
 
 // failedClean checks what New left behind when it failed.
@@ -203,15 +225,6 @@ func failedClean(err error, before []int) error {
 		return fmt.Errorf("New: %w, and there is the device: %s", err, out)
 	}
 	return nil
-}
-
-// complete checks that New did not go without anything, and closes the device.
-func complete(d Device) error {
-	t := d.(*tunDevice)
-	if len(t.notes) > 0 || t.procfs < 0 || t.watch == nil {
-		return fmt.Errorf("New went on without something: procfs %d, notes %q", t.procfs, t.notes)
-	}
-	return d.Close()
 }
 
 // openDescriptors lists them by trial, for reading /proc needs one.

@@ -14,14 +14,25 @@ type core struct {
 	pool   gatewayPool
 	table  atomic.Pointer[snapshot] // the one writer holds the device's lock, readers load it
 	events eventQueue
-	log    logrus.FieldLogger // nil: silent
+	log    atomic.Pointer[logrus.FieldLogger] // of the Config in force; nil: silent
 	counts struct{ overruns, resyncs, restores, restoreFails, offloadFails atomic.Uint64 }
 }
 
 func (c *core) sealed() {}
 
-// publish puts the routes of a valid Config into the tree.
-func (c *core) publish(cfg *Config) { c.table.Store(newSnapshot(cfg, &c.pool)) }
+// publish puts a valid Config in force as far as the kernel has no part in it: its routes into the tree, its logger.
+func (c *core) publish(cfg *Config) {
+	c.logTo(cfg.Logger)
+	c.table.Store(newSnapshot(cfg, &c.pool))
+}
+
+func (c *core) logTo(log logrus.FieldLogger) {
+	if log == nil {
+		c.log.Store(nil)
+		return
+	}
+	c.log.Store(&log)
+}
 
 // NextHop implements Device.
 func (c *core) NextHop(packet []byte, alive func(netip.Addr) bool) (netip.Addr, bool) {
@@ -49,13 +60,13 @@ func (c *core) Events() <-chan Event { return c.events.channel() }
 
 // notify sends an event and tells the log of it, in one line.
 func (c *core) notify(e Event) {
-	if c.log != nil {
-		c.logEvent(e)
+	if log := c.log.Load(); log != nil {
+		logEvent(*log, e)
 	}
 	c.events.send(e)
 }
 
-func (c *core) logEvent(e Event) {
+func logEvent(log logrus.FieldLogger, e Event) {
 	fields := logrus.Fields{"event": e.Kind.String()}
 	if e.N != 0 {
 		fields["n"] = e.N
@@ -63,7 +74,7 @@ func (c *core) logEvent(e Event) {
 	if e.Err != nil {
 		fields["cause"] = oneLine(e.Err.Error())
 	}
-	entry := c.log.WithFields(fields)
+	entry := log.WithFields(fields)
 	switch e.Kind {
 	case EventGone, EventShadowed, EventDegraded:
 		entry.Warn("overlay")

@@ -85,7 +85,8 @@ func TestEventsLogged(t *testing.T) {
 	log := logrus.New()
 	log.SetOutput(&out)
 	log.SetFormatter(&logrus.JSONFormatter{DisableTimestamp: true})
-	c := core{log: log}
+	var c core
+	c.logTo(log)
 	for _, e := range []Event{
 		{Kind: EventUp},
 		{Kind: EventRestored, N: 3},

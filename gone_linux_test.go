@@ -158,6 +158,45 @@ func TestDeletedUnderAReader(t *testing.T) {
 	}
 }
 
+// kernel.md V19: where nobody reads when the device is deleted, the first read to come is told by the runtime's poller alone,
+// in an error that matches nothing.
+func TestDeletedBetweenReads(t *testing.T) {
+	for i := range readCalls {
+		r := newRig(t, Config{})
+		r.ip("link del DEV")
+		eventually(t, "the poller knows", func() bool {
+			return r.q.(*tunQueue).raw.Read(func(uintptr) bool { return true }) != nil
+		})
+		if _, err := readCalls[i].read(r.q); err != ErrGone {
+			t.Errorf("%s: got %v, want ErrGone", readCalls[i].name, err)
+		}
+		requireEnd(t, r.q, ErrGone)
+	}
+}
+
+// Closing the last queue alone ends a device that nothing else keeps.
+func TestLastQueueClosedEndsTheDevice(t *testing.T) {
+	r := newRig(t, Config{Queues: 2})
+	for _, q := range r.dev.Queues() {
+		if err := q.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if e := awaitEvent(t, r.dev, EventGone); e.Err != nil {
+		t.Errorf("got event %q", e)
+	}
+	if s := r.dev.State(); s.Index != 0 || s.Up {
+		t.Errorf("State: %v", s)
+	}
+	if err := r.dev.Activate(); !errors.Is(err, ErrGone) {
+		t.Errorf("Activate: got %v, want ErrGone", err)
+	}
+	if err := r.dev.Close(); err != nil {
+		t.Error(err)
+	}
+	requireEnd(t, r.q, os.ErrClosed)
+}
+
 // requireIdle measures the processor time of a tenth of a second in which nothing happens.
 func requireIdle(t testing.TB) {
 	t.Helper()

@@ -11,7 +11,7 @@ import (
 // reads wait for Close, writes are counted and dropped. cfg is valid.
 func newIdle(cfg Config) Device {
 	d := newMemoryDevice(newWire(cfg), cfg.Name)
-	d.log = cfg.Logger
+	d.logTo(cfg.Logger)
 	d.up.Store(true) // nothing to bring up: writes succeed from the start
 	d.publish(d.wire.cfg.Load())
 	return d

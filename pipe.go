@@ -48,7 +48,7 @@ func Pipe(cfg Config) (dev, host Device, err error) {
 	d, h := newMemoryDevice(w, name), newMemoryDevice(w, name)
 	d.peer, h.peer = h, d
 	w.ends = []*memoryDevice{d, h}
-	d.log = cfg.Logger
+	d.logTo(cfg.Logger)
 	d.publish(w.cfg.Load())
 	h.host = true
 	h.up.Store(true)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"example.com/overlay/internal/kernel"
 )
@@ -367,4 +368,20 @@ func obstacle(have *observed, want *desired) error {
 		}
 	}
 	return nil
+}
+
+func differences(steps []step) string { return brief(steps, step.String) }
+
+// brief lists the first few.
+func brief[T any](list []T, text func(T) string) string {
+	const most = 8
+	var names []string
+	for i, v := range list {
+		if i == most {
+			names = append(names, fmt.Sprintf("and %d more", len(list)-most))
+			break
+		}
+		names = append(names, text(v))
+	}
+	return strings.Join(names, "; ")
 }

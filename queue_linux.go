@@ -291,11 +291,13 @@ func (q *tunQueue) offer(fd int, p Packet, bare bool) error {
 
 // send writes one packet.
 func (q *tunQueue) send(fd int, packet []byte) error {
-	if q.closed.Load() {
+	switch {
+	case q.closed.Load():
 		return os.ErrClosed // Close shall not wait for a long batch
-	}
-	if len(packet) == 0 {
+	case len(packet) == 0:
 		return unix.EINVAL // the kernel would take an empty vector for nothing to do
+	case len(packet) > maxPacket:
+		return unix.EMSGSIZE // the kernel would take a megabyte
 	}
 	q.out.parts[1] = packet
 	for {
@@ -359,7 +361,7 @@ func (q *tunQueue) explain(op string, err error) error {
 		return ErrGone
 	case err == unix.EIO && op == opWrite: // only tun_get_user says so, of a link that is down
 		return ErrDown
-	case err == unix.EINVAL: // of this packet
+	case err == unix.EINVAL || err == unix.EMSGSIZE: // of this packet
 		return opError(op, q.device, err)
 	}
 	// After `ip link del` the first read says EBADFD, and later ones only that the poller gave up (kernel.md V19).

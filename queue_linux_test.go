@@ -272,8 +272,13 @@ func TestWriteRefusesBadPackets(t *testing.T) {
 			t.Errorf("the kernel got %x", got)
 		}
 	}
+	for _, size := range []int{maxPacket + 1, 1_000_000} {
+		if n, err := r.q.Write(filler(4, size, 1)); n != 0 || !errors.Is(err, unix.EMSGSIZE) {
+			t.Errorf("Write of %d bytes: got %d, %v", size, n, err)
+		}
+	}
 	n := uint64(len(bad))
-	r.requireStats(Stats{WritePackets: n, WriteBytes: n * 20, WriteRefused: 3 * n})
+	r.requireStats(Stats{WritePackets: n, WriteBytes: n * 20, WriteRefused: 3*n + 2})
 }
 
 // Nothing is allocated for a packet or a batch of them.

@@ -3,6 +3,7 @@ package overlay
 import (
 	"cmp"
 	"fmt"
+	"net/netip"
 	"reflect"
 	"strconv"
 	"strings"
@@ -97,7 +98,8 @@ func (s State) String() string {
 		s.report.queues, s.Offload, s.Learned)
 	s.writeConfig(&b)
 	for _, network := range s.Networks {
-		fmt.Fprintf(&b, "network %v mtu %d mss %d\n", network, c.mtuOf(), segmentSize(network, c.mtuOf()))
+		mtu := c.networkMTU(network)
+		fmt.Fprintf(&b, "network %v mtu %d mss %d\n", network, mtu, segmentSize(network, mtu))
 	}
 	for i := range c.Routes {
 		s.writeRoute(&b, &c.Routes[i])
@@ -107,6 +109,16 @@ func (s State) String() string {
 		fmt.Fprintf(&b, "note %s\n", oneLine(note))
 	}
 	return b.String()
+}
+
+// networkMTU is that of the Route for the very prefix of the network, where there is one.
+func (c *Config) networkMTU(network netip.Prefix) int {
+	for i := range c.Routes {
+		if r := &c.Routes[i]; r.Prefix == network.Masked() && c.keyOf(r) == connectedKey(network) {
+			return c.routeMTU(r)
+		}
+	}
+	return c.mtuOf()
 }
 
 // word keeps a name that comes from outside one printable word.

@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,33 +51,49 @@ func TestStatsCountWhatTheKernelDropped(t *testing.T) {
 	}
 }
 
-// Whoever asks at whatever time, no counter goes back.
+// An answer of the kernel's that comes late does not take the place of a later one: no counter goes back.
 func TestStatsNeverGoBack(t *testing.T) {
 	r := newRig(t, Config{TxQueueLen: 1})
-	w, stop := r.tap(), make(chan struct{})
+	d := r.dev.(*tunDevice)
+	s := &late{conn: d.view, entered: make(chan struct{}), release: make(chan struct{})}
+	d.view = s
 	var callers sync.WaitGroup
-	for range 3 {
-		callers.Go(func() {
-			for last := uint64(0); ; {
-				now := r.dev.Stats().ReadDropped
-				if now < last {
-					t.Errorf("ReadDropped went from %d to %d", last, now)
-				}
-				last = now
-				select {
-				case <-stop:
-					return
-				default:
-				}
-			}
-		})
-	}
-	for i := range 3000 {
+	callers.Go(func() { d.Stats() })
+	<-s.entered // and knows of no loss
+	w := r.tap()
+	for i := range 100 {
 		w.send(sequence(i))
 	}
-	close(stop)
+	second := make(chan struct{})
+	callers.Go(func() {
+		d.Stats()
+		close(second)
+	})
+	select { // it should have to wait
+	case <-second:
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(s.release)
 	callers.Wait()
-	r.requireStats(Stats{ReadDropped: 2999})
+	if got := d.stats().ReadDropped; got != 99 {
+		t.Errorf("ReadDropped %d, want 99", got)
+	}
+}
+
+// late is a connection whose first answer is on its way until release.
+type late struct {
+	conn
+	asked            atomic.Bool
+	entered, release chan struct{}
+}
+
+func (s *late) Do(requests ...rtnl.Message) []rtnl.Result {
+	results := s.conn.Do(requests...)
+	if !s.asked.Swap(true) {
+		close(s.entered)
+		<-s.release
+	}
+	return results
 }
 
 // A device that is attached to starts from zero, whatever its kernel counters say.
@@ -187,6 +204,11 @@ func TestStateDoesNotWaitForReload(t *testing.T) {
 	go func() { closed <- d.Close() }()
 	eventually(t, "Close has begun", d.closing.Load)
 	d.State()
+	select {
+	case <-closed:
+		t.Error("Close returned while Reload was at work")
+	case <-time.After(100 * time.Millisecond):
+	}
 	close(s.release)
 	if err := returns(t, patience, "Reload", reloaded); err != os.ErrClosed {
 		t.Errorf("Reload that meets Close: %v", err)

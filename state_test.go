@@ -17,6 +17,7 @@ func TestStatePrinted(t *testing.T) {
 			{Prefix: p("192.168.7.0/24"), Via: []Gateway{{Addr: netip.MustParseAddr("10.42.0.2")}, {Addr: netip.MustParseAddr("10.42.0.3"), Weight: 3}}},
 			{Prefix: p("2001:db8::/32"), Via: []Gateway{{Addr: netip.MustParseAddr("fd42::2")}}, MTU: 1300, Metric: 5, Table: 100},
 			{Prefix: p("203.0.113.0/24"), NoInstall: true},
+			{Prefix: p("fd42::/64"), MTU: 1280},
 		},
 		SystemRoutes: &SystemRoutes{Tables: []int{254, 100}, ReadBuffer: 1 << 20},
 		NoOffload:    OffloadUDP, LinkLocal: true, NoFilter: true,
@@ -38,10 +39,11 @@ func TestStatePrinted(t *testing.T) {
 config mode attach-or-create netns "/run/netns/a b" owner 1000 group 100 persist on protocol 77 filter off heal on link-local on take-addresses off refused-offload udp
 follow tables 254,100 read-buffer 1048576 max 0
 network 10.42.0.1/24 mtu 1400 mss 1360
-network fd42::1/64 mtu 1400 mss 1340
+network fd42::1/64 mtu 1280 mss 1220
 route 192.168.7.0/24 via 10.42.0.2*1 10.42.0.3*3 layer static metric 0 table 254 mtu 1400 mss 1360
 route 2001:db8::/32 via fd42::2*1 layer static metric 5 table 100 mtu 1300 mss 1240
 route 203.0.113.0/24 on-link layer static metric 0 table 254 mtu 1400 mss 1360 steer-only
+route fd42::/64 on-link layer static metric 256 table 254 mtu 1280 mss 1220
 count read packets 1 bytes 2 super 3 invalid 4 dropped 5
 count write packets 6 bytes 7 super 8 refused 9 filtered 10 down 11
 count control overruns 12 resyncs 13 restores 14 restore-fails 15 offload-fails 16 events-missed 17

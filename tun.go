@@ -72,7 +72,7 @@ type Config struct {
 	LinkLocal     bool               // let the kernel make an fe80:: address
 	NoHeal        bool               // do not put back what others remove
 	NoFilter      bool               // let ICMP redirects and router advertisements from the overlay through WriteBatch and Write
-	Logger        logrus.FieldLogger // nil: silent; whatever matters is in Events, Stats and State too
+	Logger        logrus.FieldLogger // nil: silent; whatever matters is in Events, Stats and State too. Its hooks must not call the Device
 	TakeAddresses bool               // Attach: also remove addresses that are neither ours nor in Networks
 
 	// The rest, and Protocol, is fixed for a Device's life: Reload refuses a change with ErrRestart.
@@ -135,7 +135,7 @@ func (s State) Routes() iter.Seq2[netip.Prefix, Gateways] { return s.table.all()
 
 // Stats holds nothing but uint64 counters. Read is kernel to program, what `ip -s link` calls TX; packets count after splitting.
 type Stats struct {
-	ReadPackets, ReadBytes, ReadSuper, ReadInvalid, ReadDropped                  uint64 // ReadDropped: by the kernel, for want of a reader
+	ReadPackets, ReadBytes, ReadSuper, ReadInvalid, ReadDropped                  uint64 // ReadDropped: for want of a reader, of room in its buffer, or with a queue that was closed
 	WritePackets, WriteBytes, WriteSuper, WriteRefused, WriteFiltered, WriteDown uint64
 	Overruns, Resyncs, Restores, RestoreFails, OffloadFails, EventsMissed        uint64
 }

@@ -106,7 +106,7 @@ func dial() (conn, error) {
 // newTun opens descriptors and sockets in the device's namespace, and puts the device together.
 func newTun(cfg Config, open func(*opener) (*attachment, error)) (Device, error) {
 	d := &tunDevice{cfg: cfg.clone(), procfs: -1}
-	d.log = cfg.Logger
+	d.logTo(cfg.Logger)
 	d.bare.Store(cfg.NoFilter)
 	err := netns.Do(cfg.NetNS, func() error { return d.open(open) })
 	if err != nil {
