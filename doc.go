@@ -75,21 +75,27 @@
 //	tun.go, errors.go        the contract. Portable. One short read.
 //	─────────────────────────────────────────────────────────────────────────────────────────────
 //	pure rooms               config.go      what is refused, and what may change at run time
-//	(no descriptor, clock,   routes.go      Route, and what a Config asks of the kernel
-//	netlink or logger)       plan.go        plan(have, want): ordered steps, each with its way back
+//	(no descriptor, clock,   configmap.go   nebula's tun section, decoded by anybody
+//	netlink or logger)       routes.go      Route, and what a Config asks of the kernel
+//	                         plan.go        plan(have, want): ordered steps, each with its way back
+//	                         harden.go      the settings that make a device deaf to its peers
+//	                         restore.go     what the way back must put in order beside the steps
+//	                         shadow.go      where to ask who answers for our prefixes
 //	                         mtu.go         device MTU, route MTU, MSS
 //	                         routetree.go   immutable bart snapshot behind an atomic pointer
 //	                         gateways.go    Gateways and their selection; flowhash.go, by flow
 //	                         packet.go      superpackets; filter.go, what the overlay may not say
 //	                         state.go       names and the dump
-//	                         pipe.go        the device in memory
+//	                         pipe.go        the device in memory; idle.go, and the one that is none
 //	                         internal/kernel, internal/virtio
 //	─────────────────────────────────────────────────────────────────────────────────────────────
 //	every device             device.go      tree, events and counters that all kinds share
 //	─────────────────────────────────────────────────────────────────────────────────────────────
 //	acting rooms             tun_linux.go       lifecycle; the only owner of descriptors and goroutines
-//	(thin: decide nothing    open_linux.go      the node; attach_linux.go, create and attach; adopt_linux.go
-//	that a pure room could)  activate_linux.go  carries a plan out, or takes it back
+//	(thin: decide nothing    open_linux.go      the node
+//	that a pure room could)  create_linux.go    a new device; attach_linux.go, a prepared one; adopt_linux.go, an open one
+//	                         activate_linux.go  looks, carries a plan out, or takes it back
+//	                         apply_linux.go     a step as a message; shadow_linux.go, who answers for us
 //	                         queue_linux.go     reads and writes on one kernel queue
 //	                         ioctl_linux.go     every ioctl, typed, through unix.Ifreq
 //	                         netlink_watch.go   what the kernel announces
