@@ -80,9 +80,12 @@ func (d *tunDevice) converge(op string, cfg *Config) error {
 	err := run.reach(&want)
 	if err == nil {
 		run.report()
+		d.trust = trust{at: run.seenAt, whole: true, contested: sharesKeys(run.now, &want)}
 		d.shadows(run.now, &want)
 		return nil
 	}
+	d.trust.whole = false
+	d.doubt(false)
 	if back := run.takeBack(); back != nil {
 		err = errors.Join(err, fmt.Errorf("%w: %w", ErrPartial, back))
 	}
@@ -113,6 +116,7 @@ type execution struct {
 	device      *tunDevice
 	protocol    uint8
 	before, now *observed // the first look and the last
+	seenAt      uint64    // doubts at the last
 	done        []step    // also those whose outcome is unknown
 	failed      map[string]error
 	left        []step // of the last round
@@ -156,6 +160,8 @@ func (e *execution) reach(want *desired) error {
 }
 
 func (e *execution) look() (err error) {
+	e.device.watch.hearAll(e.device)
+	e.seenAt = e.device.doubts.Load()
 	if e.now, err = e.device.observe(); err == nil && e.before == nil {
 		e.before = e.now
 	}

@@ -250,7 +250,7 @@ func TestAttachingCreatesNothing(t *testing.T) {
 		ns.Run(t, "ip tuntap add dev last mode tun")
 		var said []string
 		for len(said) == 0 || !strings.HasSuffix(said[len(said)-1], "last") {
-			messages, err := l.Receive()
+			messages, err := heard(l)
 			if err != nil {
 				t.Fatal(err)
 			}

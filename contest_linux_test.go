@@ -23,7 +23,7 @@ import (
 
 func contested() Config {
 	return Config{
-		Networks: prefixes("10.42.0.1/24", "fd42::1/64"), MTU: 1400,
+		Networks: prefixes("10.42.0.1/24", "fd42::1/64"), MTU: 1400, NoHeal: true,
 		Routes: []Route{{Prefix: netip.MustParsePrefix("10.9.0.0/16")}, {Prefix: netip.MustParsePrefix("fd09::/64")}},
 	}
 }

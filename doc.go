@@ -81,6 +81,8 @@
 //	                         harden.go      the settings that make a device deaf to its peers
 //	                         restore.go     what the way back must put in order beside the steps
 //	                         shadow.go      where to ask who answers for our prefixes
+//	                         doubt.go       which announcements leave us in doubt
+//	                         pace.go        how often what others remove is put back
 //	                         mtu.go         device MTU, route MTU, MSS
 //	                         routetree.go   immutable bart snapshot behind an atomic pointer
 //	                         gateways.go    Gateways and their selection; flowhash.go, by flow
@@ -95,6 +97,7 @@
 //	(thin: decide nothing    open_linux.go      the node
 //	that a pure room could)  create_linux.go    a new device; attach_linux.go, a prepared one; adopt_linux.go, an open one
 //	                         activate_linux.go  looks, carries a plan out, or takes it back
+//	                         heal_linux.go      puts back what others remove
 //	                         apply_linux.go     a step as a message; shadow_linux.go, who answers for us
 //	                         queue_linux.go     reads and writes on one kernel queue
 //	                         ioctl_linux.go     every ioctl, typed, through unix.Ifreq

@@ -148,7 +148,7 @@ func TestFilterStandsInForConfAll(t *testing.T) {
 // B7).
 func TestActivateHardensBeforeItRestores(t *testing.T) {
 	l := newLab(t)
-	d := l.active(Config{Networks: prefixes("10.42.0.1/24", "fd42::1/64"), MTU: 1400})
+	d := l.active(Config{Networks: prefixes("10.42.0.1/24", "fd42::1/64"), MTU: 1400, NoHeal: true})
 	name := d.State().Name
 	l.ip("link set " + name + " mtu 1279")
 	l.ip("link set " + name + " mtu 1400")

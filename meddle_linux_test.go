@@ -25,12 +25,16 @@ type misfortune struct {
 	done bool  // it is carried out all the same
 }
 
-// meddle puts a meddler in front of d's connection for Activate and Reload. The returned function takes it away.
-func meddle(d *tunDevice) (m *meddler, remove func()) {
+// meddle puts a meddler in front of d's connection for Activate, Reload and healing, after setting it up. The returned function
+// takes it away.
+func meddle(d *tunDevice, setUp ...func(*meddler)) (m *meddler, remove func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	real := d.ctl
 	m = &meddler{conn: real}
+	for _, set := range setUp {
+		set(m)
+	}
 	d.ctl = m
 	return m, func() {
 		d.mu.Lock()

@@ -5,7 +5,9 @@ package overlay
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
+	"sync"
 
 	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/rtnl"
@@ -15,17 +17,27 @@ import (
 // watchBuffer is the receive buffer asked for: the kernel charges 832 bytes a route event (kernel.md A3).
 const watchBuffer = 4 << 20
 
-// watch listens to what the kernel announces of the device, and looks for itself where that may not be all.
+// watch listens to what the kernel announces of the device, tells of the link's changes, and raises a doubt where what was
+// last seen may not hold any more. What the device's own requests bring about it is not told of.
 type watch struct {
 	listener *rtnl.Listener
-	seen     kernel.Link   // as last told of; the goroutine's own
 	done     chan struct{} // closed when the goroutine is gone; nil before start
+
+	mu       sync.Mutex  // one hears at a time: the goroutine, or who needs to know now
+	seen     kernel.Link // as last told of
+	deaf     bool        // the kernel tells us nothing any more
+	suspects suspects
 }
 
 // newWatch subscribes in the namespace of the calling thread; before the device is looked at, so that no change is missed.
-func newWatch() (*watch, error) {
-	listener, err := rtnl.Listen(watchBuffer, unix.RTNLGRP_LINK)
+func newWatch(ownPort uint32) (*watch, error) {
+	listener, err := rtnl.Listen(watchBuffer, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
+		return nil, err
+	}
+	if err := listener.Ignore(ownPort); err != nil {
+		listener.Close()
 		return nil, err
 	}
 	return &watch{listener: listener}, nil
@@ -39,7 +51,8 @@ func (w *watch) start(d *tunDevice) {
 	w.done, w.seen = make(chan struct{}), d.lastLink()
 	go func() {
 		defer close(w.done)
-		w.run(d)
+		for w.listener.Wait() == nil && w.hearAll(d) {
+		}
 	}()
 }
 
@@ -51,32 +64,57 @@ func (w *watch) stop() {
 	}
 }
 
-func (w *watch) run(d *tunDevice) {
-	for {
-		messages, err := w.listener.Receive()
+// hearAll takes note of all that was announced until now: the kernel's announcement precedes the end of the request that it is
+// about. false: nothing is announced any more.
+func (w *watch) hearAll(d *tunDevice) bool {
+	if w == nil {
+		return false
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	const most = 1 << 16 // a storm may be quicker than we are
+	for n := 0; n < most && !w.deaf; n++ {
+		messages, err := w.listener.Next()
+		for _, m := range messages {
+			w.hear(d, m)
+		}
 		switch {
 		case errors.Is(err, os.ErrClosed):
-			return
+			w.deaf = true
 		case errors.Is(err, rtnl.ErrOverrun):
 			d.counts.overruns.Add(1)
 			w.listener.Drain() // else a storm means an overrun a message
 			w.resync(d, err)
 		case err != nil:
-			d.note(fmt.Errorf("no longer told of the link's changes: %w", err))
-			return
-		}
-		for _, m := range messages {
-			w.hear(d, m)
+			w.deaf = true
+			d.note(fmt.Errorf("no longer told of changes: %w", err))
+		case len(messages) == 0:
+			return true
 		}
 	}
+	d.doubts.Add(1) // there is more
+	return !w.deaf
 }
 
 // hear takes note of one announcement. They come in order, so that none between two of ours goes untold.
 func (w *watch) hear(d *tunDevice, m rtnl.Message) {
-	// Bridges and address families announce theirs by the same types.
-	if m.Type != unix.RTM_NEWLINK && m.Type != unix.RTM_DELLINK || len(m.Body) == 0 || m.Body[0] != unix.AF_UNSPEC {
-		return
+	switch m.Type {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		// Bridges and address families announce theirs by the same types.
+		if len(m.Body) > 0 && m.Body[0] == unix.AF_UNSPEC {
+			w.hearLink(d, m)
+		}
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		a, index, err := rtnl.DecodeAddr(m)
+		if err != nil || index == d.index && d.beliefs().doubtAddr(a, m.Type == unix.RTM_NEWADDR) {
+			d.doubt(false)
+		}
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		w.hearRoute(d, m)
 	}
+}
+
+func (w *watch) hearLink(d *tunDevice, m rtnl.Message) {
 	link, err := rtnl.DecodeLink(m)
 	switch {
 	case err != nil || link.Index != d.index || d.lost.Load():
@@ -87,7 +125,23 @@ func (w *watch) hear(d *tunDevice, m rtnl.Message) {
 	}
 }
 
-// resync looks for itself, because announcements were lost.
+func (w *watch) hearRoute(d *tunDevice, m rtnl.Message) {
+	r, _, err := rtnl.DecodeRoute(m)
+	if err != nil {
+		d.doubt(false)
+		return
+	}
+	b := d.beliefs()
+	added := m.Type == unix.RTM_NEWROUTE
+	if b.doubtRoute(r, added) {
+		if added && r.Link != d.index {
+			w.suspects.add(r.Prefix)
+		}
+		d.doubt(false)
+	}
+}
+
+// resync looks at the link for itself, because announcements were lost; at the rest the healer does.
 func (w *watch) resync(d *tunDevice, cause error) {
 	switch link, err := d.ownLink(d.view); {
 	case d.alive() != nil:
@@ -97,31 +151,34 @@ func (w *watch) resync(d *tunDevice, cause error) {
 	case err == nil:
 		w.saw(d, link)
 	}
+	w.suspects.addAll()
+	d.doubt(false)
 	d.counts.resyncs.Add(1)
 	d.notify(Event{Kind: EventResynced, Err: cause})
 }
 
 // saw tells of what differs from what was seen last.
 func (w *watch) saw(d *tunDevice, is kernel.Link) {
-	for _, kind := range linkEvents(w.seen, is) {
+	was := w.seen
+	w.seen = is
+	for _, kind := range linkEvents(was, is) {
 		d.notify(Event{Kind: kind})
 	}
-	w.seen = is
+	if !sameSettings(&was, &is) {
+		d.doubt(revives(&was, &is))
+	}
 }
 
-// linkEvents names what differs between two looks at a link.
-func linkEvents(was, is kernel.Link) []EventKind {
-	var kinds []EventKind
-	if was.Name != is.Name || was.MTU != is.MTU {
-		kinds = append(kinds, EventChanged)
+// takeSuspects returns the prefixes of ours for which another interface may answer now; all: any of them.
+func (w *watch) takeSuspects() (prefixes map[netip.Prefix]bool, all bool) {
+	if w == nil {
+		return nil, true
 	}
-	switch {
-	case is.Up && !was.Up:
-		kinds = append(kinds, EventUp)
-	case was.Up && !is.Up:
-		kinds = append(kinds, EventDown)
-	}
-	return kinds
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := w.suspects
+	w.suspects = suspects{}
+	return s.prefixes, s.all
 }
 
 var errMoved = errors.New("moved to another network namespace")

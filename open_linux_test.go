@@ -469,7 +469,7 @@ func TestTooFewDescriptors(t *testing.T) {
 			t.Errorf("%v, output %q", err, out)
 		}
 		ns.Run(t, "ip link set x alias mark") // the first message if there was no other
-		messages, err := l.Receive()
+		messages, err := heard(l)
 		if err != nil || len(messages) != 1 || !strings.Contains(string(messages[0].Body), "mark") {
 			t.Errorf("links changed: %v, %v", err, messages)
 		}

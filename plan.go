@@ -370,6 +370,26 @@ func obstacle(have *observed, want *desired) error {
 	return nil
 }
 
+// restoredBy counts the objects that steps put back, without those that only stood in for others meanwhile.
+func restoredBy(done []step) (n int) {
+	routes, addresses := make(map[kernel.RouteKey]bool), make(map[netip.Prefix]bool)
+	for _, s := range done {
+		switch s.kind {
+		case stepSetting:
+			n++
+		case stepAddRoute:
+			routes[s.route.RouteKey] = true
+		case stepDelRoute:
+			delete(routes, s.route.RouteKey)
+		case stepAddAddr:
+			addresses[s.addr.Prefix] = true
+		case stepDelAddr:
+			delete(addresses, s.addr.Prefix)
+		}
+	}
+	return n + len(routes) + len(addresses)
+}
+
 func differences(steps []step) string { return brief(steps, step.String) }
 
 // brief lists the first few.

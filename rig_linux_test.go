@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"example.com/overlay/internal/nstest"
+	"example.com/overlay/internal/rtnl"
 	"golang.org/x/sys/unix"
 )
 
@@ -273,4 +274,12 @@ func (r *rig) requireStats(want Stats) {
 	if got != want {
 		r.Errorf("counters:\ngot  %+v\nwant %+v", got, want)
 	}
+}
+
+// heard waits for the next announcement.
+func heard(l *rtnl.Listener) ([]rtnl.Message, error) {
+	if err := l.Wait(); err != nil {
+		return nil, err
+	}
+	return l.Next()
 }

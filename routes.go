@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"net/netip"
+	"slices"
 
 	"example.com/overlay/internal/kernel"
 )
@@ -120,11 +121,14 @@ func desire(c *Config, link int) desired {
 // route is the kernel's form of a route of ours. Gateways are no part of it: on a TUN the kernel hands every packet to the
 // program, which picks the gateway.
 func (d *desired) route(c *Config, key kernel.RouteKey, link, mtu int) kernel.Route {
-	size := routeMTULimit(mtu)
-	return kernel.Route{
-		RouteKey: key, Protocol: d.protocol, Link: link, Plain: true, Source: sourceFor(c, key),
-		MTU: size, MSS: min(uint32(segmentSize(key.Prefix, int(size))), maxRouteMSS),
-	}
+	r := kernel.Route{RouteKey: key, Protocol: d.protocol, Link: link, Plain: true, Source: sourceFor(c, key)}
+	setMTU(&r, mtu)
+	return r
+}
+
+func setMTU(r *kernel.Route, mtu int) {
+	r.MTU = routeMTULimit(mtu)
+	r.MSS = min(uint32(segmentSize(r.Prefix, int(r.MTU))), maxRouteMSS)
 }
 
 // sourceFor is the preferred source of the connected route: the first of our addresses in that network. IPv6 routes carry
@@ -137,4 +141,24 @@ func sourceFor(c *Config, key kernel.RouteKey) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// yield leaves to the administrator what is the link's own: its MTU and queue length stay as they are, and what it cannot carry
+// so waits. It returns whether all that d asks for is left.
+func (d *desired) yield(link *kernel.Link) (whole bool) {
+	whole = d.mtu == link.MTU && d.txQueueLen == link.TxQueueLen
+	d.mtu, d.txQueueLen = link.MTU, link.TxQueueLen
+	if link.IPv6 == nil || link.IPv6.Disabled {
+		whole = whole && !d.ipv6
+		d.ipv6 = false
+		d.addresses = slices.DeleteFunc(d.addresses, func(a kernel.Addr) bool { return a.Prefix.Addr().Is6() })
+		d.routes = slices.DeleteFunc(d.routes, func(r kernel.Route) bool { return r.Prefix.Addr().Is6() })
+	}
+	for i := range d.routes {
+		if r := &d.routes[i]; int(r.MTU) > link.MTU {
+			setMTU(r, link.MTU)
+			whole = false
+		}
+	}
+	return whole
 }

@@ -2,10 +2,48 @@ package overlay
 
 import (
 	"net/netip"
+	"slices"
 
 	"example.com/overlay/internal/kernel"
 	"github.com/gaissmai/bart"
 )
+
+// shadow is a prefix of ours for which somebody else answers.
+type shadow struct {
+	prefix netip.Prefix
+	text   string
+}
+
+// overshadow returns what is in the shadow after a look at some routes found these, and which of them was not before.
+func overshadow(before, found []shadow, looked []kernel.Route) (all, news []shadow) {
+	prefixes := make(map[netip.Prefix]bool, len(looked))
+	for _, r := range looked {
+		prefixes[r.Prefix] = true
+	}
+	all = append(all, found...)
+	for _, s := range before {
+		if !prefixes[s.prefix] && !slices.Contains(found, s) {
+			all = append(all, s)
+		}
+	}
+	for _, s := range found {
+		if !slices.Contains(before, s) {
+			news = append(news, s)
+		}
+	}
+	return all, news
+}
+
+// sharesKeys says whether somebody else's route through the device has the key of one of ours.
+func sharesKeys(have *observed, want *desired) bool {
+	wanted := make(map[kernel.RouteKey]bool, len(want.routes))
+	for _, r := range want.routes {
+		wanted[r.RouteKey] = true
+	}
+	return slices.ContainsFunc(have.routes, func(r kernel.Route) bool {
+		return r.Protocol != want.protocol && wanted[r.RouteKey]
+	})
+}
 
 // obscured lists the wanted routes before which a stranger's through the same device stands and does something else.
 func obscured(have *observed, want *desired) []kernel.Route {

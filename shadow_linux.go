@@ -16,17 +16,48 @@ type question struct {
 	refused error // the answer for another address of it
 }
 
-// shadows tells where somebody else answers in our place: an equal route that stands before ours is never seen in a look at
-// our own (kernel.md V12).
+// shadows tells where somebody else answers in our place.
 func (d *tunDevice) shadows(have *observed, want *desired) {
+	found := d.shadowsOf(have, want, want.routes)
+	d.viewMu.Lock()
+	d.shadowed = found
+	d.viewMu.Unlock()
+	d.tellShadows(found)
+}
+
+// someShadows is shadows where only some routes may have got one; it returns those that are new.
+func (d *tunDevice) someShadows(have *observed, want *desired, routes []kernel.Route) []shadow {
+	found := d.shadowsOf(have, want, routes)
+	d.viewMu.Lock()
+	defer d.viewMu.Unlock()
+	all, news := overshadow(d.shadowed, found, routes)
+	d.shadowed = all
+	return news
+}
+
+func (d *tunDevice) tellShadows(found []shadow) {
+	if len(found) == 0 {
+		return
+	}
+	errs := make([]error, len(found))
+	for i, s := range found {
+		errs[i] = errors.New(s.text)
+	}
+	d.notify(Event{Kind: EventShadowed, N: len(found), Err: errors.Join(errs...)})
+}
+
+// shadowsOf asks the kernel about routes: an equal route of another interface that stands before ours is never seen in a look
+// at our own (kernel.md V12).
+func (d *tunDevice) shadowsOf(have *observed, want *desired, routes []kernel.Route) []shadow {
 	const looks = 4 // a stranger's longer prefix may hide a route of ours: another address then
-	var found []error
+	var found []shadow
 	for _, r := range obscured(have, want) {
-		found = append(found, fmt.Errorf("%v is answered by %s itself, protocol %d, mtu %d", r.Prefix, have.link.Name, r.Protocol, r.MTU))
+		text := fmt.Sprintf("%v is answered by %s itself, protocol %d, mtu %d", r.Prefix, have.link.Name, r.Protocol, r.MTU)
+		found = append(found, shadow{r.Prefix, text})
 	}
 	probes := want.probes()
 	var questions []question
-	for _, r := range want.routes {
+	for _, r := range routes {
 		if dst, ok := probes.first(r.Prefix); ok && r.Table == kernel.TableMain {
 			questions = append(questions, question{route: r, dst: dst})
 		}
@@ -37,16 +68,14 @@ func (d *tunDevice) shadows(have *observed, want *desired) {
 			q := questions[i]
 			other, err := d.answer(&q, result)
 			if err != nil {
-				found = append(found, err)
+				found = append(found, shadow{q.route.Prefix, err.Error()})
 			} else if dst, ok := probes.after(q.route.Prefix, other); ok {
 				again = append(again, question{q.route, dst, q.refused})
 			}
 		}
 		questions = again
 	}
-	if len(found) > 0 {
-		d.notify(Event{Kind: EventShadowed, N: len(found), Err: errors.Join(found...)})
-	}
+	return found
 }
 
 func (d *tunDevice) match(questions []question) []rtnl.Result {

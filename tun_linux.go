@@ -59,22 +59,24 @@ func adoptable(cfg *Config, fds []int) error {
 	return errors.Join(v.errs...)
 }
 
-// tunDevice is a kernel device. It is the only owner of its descriptors (queues, ctl, view, procfs) and of its one
-// goroutine (the watch).
+// tunDevice is a kernel device. It is the only owner of its descriptors (queues, ctl, view, procfs) and of its two
+// goroutines (watch and healer).
 type tunDevice struct {
 	core
 	index      int // its identity, in the namespace that ctl and view are in
 	queues     []*tunQueue
 	adopted    bool
 	unverified bool
-	home       netnsID      // the namespace of ctl and view
-	procfs     int          // directory /proc/sys/net/ipv6/conf; -1: none
-	watch      *watch       // nil: the kernel lets us not listen
-	bare       atomic.Bool  // Config.NoFilter
-	dropped    uint64       // what the kernel's counter said at New
-	last       atomic.Value // kernel.Link: last seen
-	lookMu     sync.Mutex   // of look: what is seen later is stored later
-	lost       atomic.Bool  // deleted, or moved to another namespace
+	home       netnsID // the namespace of ctl and view
+	procfs     int     // directory /proc/sys/net/ipv6/conf; -1: none
+	watch      *watch  // nil: the kernel lets us not listen
+	healer     *healer
+	doubts     atomic.Uint64 // announcements so far that what was last seen may not outlive
+	bare       atomic.Bool   // Config.NoFilter
+	dropped    uint64        // what the kernel's counter said at New
+	last       atomic.Value  // kernel.Link: last seen
+	lookMu     sync.Mutex    // of look: what is seen later is stored later
+	lost       atomic.Bool   // deleted, or moved to another namespace
 	closing    atomic.Bool
 	closeOnce  sync.Once
 
@@ -82,16 +84,21 @@ type tunDevice struct {
 	cfg    Config     // in force; written with mu and viewMu held, what it points to never
 	active bool
 	past   past
+	trust  trust
 	ctl    conn       // for them
 	view   conn       // for State, Stats and the watch: they wait for no Reload
-	viewMu sync.Mutex // cfg and notes, for State
-	notes  []string   // abilities that are missing
+	viewMu sync.Mutex // cfg and what follows, for State
+
+	notes    []string // abilities that are missing
+	unhealed string   // why others' doings could not be made good; "": they could
+	shadowed []shadow // prefixes for which others answer
 }
 
 // conn is a connection to the kernel's routing tables; tests put one in between that fails.
 type conn interface {
 	Do(requests ...rtnl.Message) []rtnl.Result
 	Dump(request rtnl.Message) ([]rtnl.Message, error)
+	Port() uint32
 	Close() error
 }
 
@@ -105,7 +112,7 @@ func dial() (conn, error) {
 
 // newTun opens descriptors and sockets in the device's namespace, and puts the device together.
 func newTun(cfg Config, open func(*opener) (*attachment, error)) (Device, error) {
-	d := &tunDevice{cfg: cfg.clone(), procfs: -1}
+	d := &tunDevice{cfg: cfg.clone(), procfs: -1, healer: newHealer()}
 	d.logTo(cfg.Logger)
 	d.bare.Store(cfg.NoFilter)
 	err := netns.Do(cfg.NetNS, func() error { return d.open(open) })
@@ -118,6 +125,7 @@ func newTun(cfg Config, open func(*opener) (*attachment, error)) (Device, error)
 	}
 	d.publish(&d.cfg)
 	d.watch.start(d)
+	d.healer.start(d)
 	return d, nil
 }
 
@@ -158,12 +166,12 @@ func (d *tunDevice) connect() (err error) {
 	if d.view, err = dial(); err != nil {
 		return err
 	}
-	d.watch, err = newWatch()
+	d.watch, err = newWatch(d.ctl.Port())
 	switch {
 	case exhausted(err):
 		return err
 	case err != nil:
-		d.note(fmt.Errorf("not told of the link's changes: %w", err))
+		d.note(fmt.Errorf("not told of changes: %w", err))
 	}
 	// Kept, because a file below it dies with the device's IPv6 settings, and the directory does not (kernel.md V9).
 	d.procfs, err = unix.Open("/proc/sys/net/ipv6/conf", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
@@ -204,6 +212,7 @@ func (d *tunDevice) release() error {
 func (d *tunDevice) Close() (err error) {
 	d.closing.Store(true)
 	d.closeOnce.Do(func() {
+		d.healer.stop()
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		d.see() // the last look at the kernel's counter
@@ -251,6 +260,12 @@ func (d *tunDevice) State() State {
 	s.report = report{
 		config: d.cfg, adopted: d.adopted, queues: len(d.queues), txQueueLen: link.TxQueueLen,
 		stats: d.stats(), notes: slices.Clone(d.notes),
+	}
+	if d.unhealed != "" {
+		s.report.notes = append(s.report.notes, d.unhealed)
+	}
+	for _, shadow := range d.shadowed {
+		s.report.notes = append(s.report.notes, "shadowed: "+shadow.text)
 	}
 	if d.unverified {
 		s.report.notes = append(s.report.notes, "the device's network namespace could not be verified (needs CAP_NET_ADMIN)")

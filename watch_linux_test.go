@@ -36,7 +36,7 @@ func (l *lab) events(d *tunDevice, last EventKind) (kinds []string) {
 // (design.md law 1).
 func TestWatchTells(t *testing.T) {
 	l := newLab(t)
-	d := l.active(Config{Networks: prefixes("10.42.0.1/24"), MTU: 1400})
+	d := l.active(Config{Networks: prefixes("10.42.0.1/24"), MTU: 1400, NoHeal: true})
 	l.event(d, EventChanged) // of Activate
 	for _, test := range []struct {
 		lines string
@@ -93,10 +93,12 @@ func TestWatchTellsOfMove(t *testing.T) {
 // smallWatch gives d a watch with the smallest receive buffer there is.
 func smallWatch(l *lab, d *tunDevice) {
 	l.Helper()
+	d.mu.Lock() // the healer asks the watch with it
+	defer d.mu.Unlock()
 	d.watch.stop()
 	l.in(func() (err error) {
 		d.watch = new(watch)
-		d.watch.listener, err = rtnl.Listen(1, unix.RTNLGRP_LINK)
+		d.watch.listener, err = rtnl.Listen(1, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE)
 		return err
 	})
 	d.watch.start(d)

@@ -28,6 +28,7 @@ type Conn struct {
 	batch   int           // requests a send
 	maxSend int           // bytes a send
 	backOff time.Duration // between two tries of a dump, times their number
+	port    uint32
 }
 
 // Dial opens a connection in the network namespace of the calling thread and keeps to it.
@@ -60,8 +61,15 @@ func (c *Conn) measure(s *kernelSocket) error {
 	}
 	c.batch = max(1, min(maxRequests, receive/replyCost))
 	c.maxSend = send - sendOverhead
-	return nil
+	name, err := unix.Getsockname(s.fd)
+	if own, ok := name.(*unix.SockaddrNetlink); ok {
+		c.port = own.Pid
+	}
+	return err
 }
+
+// Port is the number by which the kernel knows the connection: what its requests bring about is announced with it.
+func (c *Conn) Port() uint32 { return c.port }
 
 // Close closes the socket; it is safe to call twice.
 func (c *Conn) Close() error {

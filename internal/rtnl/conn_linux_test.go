@@ -22,6 +22,16 @@ func dialIn(t *testing.T) (ns *nstest.NS, c *Conn, index int) {
 	nstest.Leaks(t)
 	ns = nstest.New(t)
 	ns.OtherTun(t, "other0", "10.1.0.1/24")
+	c = dialAgain(t, ns)
+	link, err := DecodeLink(answer(t, c, GetLinkByName("other0")))
+	if err != nil || link.Name != "other0" || !link.Up || link.Kind != "tun" || link.MTU != 1500 || link.TxQueueLen != 500 {
+		t.Fatalf("link %+v, %v", link, err)
+	}
+	return ns, c, link.Index
+}
+
+func dialAgain(t *testing.T, ns *nstest.NS) (c *Conn) {
+	t.Helper()
 	ns.Do(t, func() {
 		var err error
 		if c, err = Dial(); err != nil {
@@ -29,11 +39,7 @@ func dialIn(t *testing.T) (ns *nstest.NS, c *Conn, index int) {
 		}
 	})
 	t.Cleanup(func() { c.Close() })
-	link, err := DecodeLink(answer(t, c, GetLinkByName("other0")))
-	if err != nil || link.Name != "other0" || !link.Up || link.Kind != "tun" || link.MTU != 1500 || link.TxQueueLen != 500 {
-		t.Fatalf("link %+v, %v", link, err)
-	}
-	return ns, c, link.Index
+	return c
 }
 
 func answer(t *testing.T, c *Conn, request Message) Message {

@@ -1,7 +1,10 @@
 package rtnl
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
+	"math"
 	"os"
 	"sync/atomic"
 	"syscall"
@@ -9,12 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Listener receives what the kernel announces to multicast groups. One goroutine receives; Close wakes it.
+// Listener receives what the kernel announces to multicast groups. Wait may run beside Next and Drain, which
+// take turns by their caller's care; Close wakes it.
 type Listener struct {
-	file   *os.File // non-blocking, in the runtime's poller
-	raw    syscall.RawConn
-	buf    []byte
-	closed atomic.Bool // the poller's own error for that matches nothing
+	file     *os.File // non-blocking, in the runtime's poller
+	raw      syscall.RawConn
+	buf      []byte
+	messages []Message   // of the last datagram
+	closed   atomic.Bool // the poller's own error for that matches nothing
 }
 
 // Listen joins groups (unix.RTNLGRP_…) in the network namespace of the calling thread. It asks for readBuffer bytes of
@@ -53,61 +58,106 @@ func join(fd, readBuffer int, groups []int) error {
 	return nil
 }
 
-// Receive waits for the next datagram of notifications; they are good until the next call. ErrOverrun: some were lost,
-// look for yourself and go on. os.ErrClosed after Close.
-func (l *Listener) Receive() ([]Message, error) {
-	for {
-		datagram, err := l.receive()
-		if err != nil {
-			return nil, err
-		}
-		if datagram == nil {
-			continue // not the kernel's
-		}
-		var all []Message
-		for m, err := range split(datagram) {
-			if err != nil {
-				return all, ErrOverrun // what cannot be read counts as lost
-			}
-			all = append(all, m)
-		}
-		return all, nil
+// Ignore keeps the listener from being told of what requests from a port (Conn.Port) bring about: the kernel drops such
+// notifications, else the installation of many routes would overrun the listener's own buffer (kernel.md V6).
+func (l *Listener) Ignore(port uint32) error {
+	const (
+		portOffset = 12 // of nlmsg_pid in struct nlmsghdr
+		drop, keep = 0, math.MaxUint32
+	)
+	// The program sees the message as bytes in network order, but the port is in the machine's own.
+	var own [4]byte
+	binary.NativeEndian.PutUint32(own[:], port)
+	program := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: portOffset},
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: binary.BigEndian.Uint32(own[:]), Jt: 0, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: drop},
+		{Code: unix.BPF_RET | unix.BPF_K, K: keep},
 	}
+	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
+	var err error
+	closed := l.raw.Control(func(fd uintptr) {
+		err = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &filter)
+	})
+	return errors.Join(closed, err)
 }
 
-func (l *Listener) receive() (datagram []byte, err error) {
-	wait := l.raw.Read(func(fd uintptr) bool {
-		var n, flags int
-		var from unix.Sockaddr
-		n, _, flags, from, err = unix.Recvmsg(int(fd), l.buf, nil, unix.MSG_TRUNC)
-		switch {
-		case err == unix.EAGAIN:
-			return false
-		case err == unix.EINTR:
-			err = nil // an empty turn: Receive comes again
-		case err == unix.ENOBUFS:
-			err = ErrOverrun
-		case err != nil:
-		case flags&unix.MSG_TRUNC != 0:
-			l.buf = make([]byte, align(n))
-			err = ErrOverrun
-		default:
-			if sender, ok := from.(*unix.SockaddrNetlink); ok && sender.Pid == 0 {
-				datagram = l.buf[:n]
-			}
+// Wait waits until there is something for Next. os.ErrClosed after Close.
+func (l *Listener) Wait() error {
+	var failed error
+	err := l.raw.Read(func(fd uintptr) bool {
+		ready := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(ready, 0)
+		if err != nil && err != unix.EINTR {
+			failed = err
 		}
-		return true
+		return n > 0 || failed != nil
 	})
 	switch {
-	case wait != nil && l.closed.Load():
-		return nil, os.ErrClosed
-	case wait != nil:
-		return nil, wait
+	case err != nil && l.closed.Load():
+		return os.ErrClosed
+	case err != nil:
+		return err
 	}
-	return datagram, err
+	return failed
 }
 
-// Drain throws away what waits to be received. To be called between Receives, after an overrun: what is looked up then is
+// Next returns the next datagram of notifications without waiting, nil if there is none; they are good until the next call.
+// ErrOverrun: some were lost, look for yourself and go on. os.ErrClosed after Close.
+func (l *Listener) Next() ([]Message, error) {
+	for {
+		datagram, err := l.receive()
+		switch {
+		case err == unix.EAGAIN:
+			return nil, nil
+		case err != nil:
+			return nil, err
+		case datagram == nil:
+			continue // not the kernel's
+		}
+		l.messages = l.messages[:0]
+		for m, err := range split(datagram) {
+			if err != nil {
+				return l.messages, ErrOverrun // what cannot be read counts as lost
+			}
+			l.messages = append(l.messages, m)
+		}
+		return l.messages, nil
+	}
+}
+
+// receive returns one datagram; nil if it is not the kernel's.
+func (l *Listener) receive() (datagram []byte, err error) {
+	var n, flags int
+	var from unix.Sockaddr
+	closed := l.raw.Control(func(fd uintptr) {
+		for {
+			n, _, flags, from, err = unix.Recvmsg(int(fd), l.buf, nil, unix.MSG_TRUNC|unix.MSG_DONTWAIT)
+			if err != unix.EINTR {
+				return
+			}
+		}
+	})
+	switch {
+	case closed != nil && l.closed.Load():
+		return nil, os.ErrClosed
+	case closed != nil:
+		return nil, closed
+	case err == unix.ENOBUFS:
+		return nil, ErrOverrun
+	case err != nil:
+		return nil, err
+	case flags&unix.MSG_TRUNC != 0:
+		l.buf = make([]byte, align(n))
+		return nil, ErrOverrun
+	}
+	if sender, ok := from.(*unix.SockaddrNetlink); !ok || sender.Pid != 0 {
+		return nil, nil
+	}
+	return l.buf[:n], nil
+}
+
+// Drain throws away what waits to be received. To be called after an overrun: what is looked up then is
 // newer than all that was lost.
 func (l *Listener) Drain() {
 	const most = 1 << 16 // a storm may be quicker than we are
@@ -118,10 +168,10 @@ func (l *Listener) Drain() {
 				return // EAGAIN: no more
 			}
 		}
-	}) // an error says that it is closed: so will Receive
+	}) // an error says that it is closed: so will Wait
 }
 
-// Close wakes Receive and closes the socket.
+// Close wakes Wait and closes the socket.
 func (l *Listener) Close() error {
 	l.closed.Store(true)
 	return l.file.Close()

@@ -2,10 +2,12 @@ package rtnl
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"testing"
 	"time"
 
+	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/nstest"
 	"golang.org/x/sys/unix"
 )
@@ -23,13 +25,21 @@ func listenIn(t *testing.T, ns *nstest.NS, buffer int, groups ...int) *Listener 
 	return l
 }
 
+// receive waits for the next datagram.
+func receive(l *Listener) ([]Message, error) {
+	if err := l.Wait(); err != nil {
+		return nil, err
+	}
+	return l.Next()
+}
+
 // next returns the next link announcement about index; it fails after a while.
 func next(t *testing.T, l *Listener, index int) Message {
 	t.Helper()
 	l.file.SetReadDeadline(time.Now().Add(10 * time.Second))
 	defer l.file.SetReadDeadline(time.Time{})
 	for {
-		messages, err := l.Receive()
+		messages, err := receive(l)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -98,7 +108,7 @@ func TestListenerOverrun(t *testing.T) {
 		}
 	}
 	for overrun := false; !overrun; {
-		messages, err := l.Receive()
+		messages, err := receive(l)
 		overrun = errors.Is(err, ErrOverrun)
 		if err != nil && !overrun {
 			t.Fatalf("%v, %v, want ErrOverrun", messages, err)
@@ -113,14 +123,40 @@ func TestListenerOverrun(t *testing.T) {
 	}
 }
 
-// Close wakes a Receive that waits, and every later one.
+// What an ignored connection brings about is not heard, what others do is; without the filter the first message would be its.
+func TestListenerIgnores(t *testing.T) {
+	ns, c, index := dialIn(t)
+	other := dialAgain(t, ns)
+	l := listenIn(t, ns, 1<<20, unix.RTNLGRP_IPV4_IFADDR)
+	if err := l.Ignore(c.Port()); err != nil {
+		t.Fatal(err)
+	}
+	for i, by := range []*Conn{c, c, other, c} {
+		a := kernel.Addr{Prefix: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(i)}), 32)}
+		if err := by.Do(AddAddr(index, a))[0].Err; err != nil {
+			t.Fatal(err)
+		}
+	}
+	messages, err := receive(l)
+	if err != nil || len(messages) != 1 {
+		t.Fatalf("%v, %v, want one message", messages, err)
+	}
+	if a, _, err := DecodeAddr(messages[0]); err != nil || a.Prefix.String() != "10.0.0.2/32" {
+		t.Errorf("heard of %v, %v, want 10.0.0.2/32", a.Prefix, err)
+	}
+	if more, err := l.Next(); more != nil || err != nil {
+		t.Errorf("heard %v, %v too", more, err)
+	}
+}
+
+// Close wakes a Wait, and every later one.
 func TestListenerClose(t *testing.T) {
 	ns, _, _ := dialIn(t)
 	l := listenIn(t, ns, 1<<20, unix.RTNLGRP_LINK)
 	done := make(chan error, 1)
 	go func() {
 		for {
-			if _, err := l.Receive(); err != nil {
+			if _, err := receive(l); err != nil {
 				done <- err
 				return
 			}
@@ -128,10 +164,10 @@ func TestListenerClose(t *testing.T) {
 	}()
 	l.Close()
 	if err := <-done; !errors.Is(err, os.ErrClosed) {
-		t.Errorf("Receive: %v", err)
+		t.Errorf("Wait: %v", err)
 	}
-	if _, err := l.Receive(); !errors.Is(err, os.ErrClosed) {
-		t.Errorf("a later Receive: %v", err)
+	if _, err := receive(l); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("a later Wait: %v", err)
 	}
 	l.Drain()
 }
