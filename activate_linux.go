@@ -21,42 +21,10 @@ func (d *tunDevice) Activate() error {
 	if err := d.alive(); err != nil {
 		return err
 	}
-	if err := d.converge("activate", &d.cfg); err != nil {
+	if err := d.converge("activate", &d.cfg, &execution{device: d, protocol: d.cfg.protocol()}); err != nil {
 		return err
 	}
 	d.active = true
-	return nil
-}
-
-// Reload implements Device. The tree learns new routes before the kernel does and forgets old ones after.
-func (d *tunDevice) Reload(cfg Config) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if err := d.alive(); err != nil {
-		return err
-	}
-	if err := cfg.Validate(); err != nil {
-		return err
-	}
-	if d.adopted && cfg.Queues == 0 {
-		cfg.Queues = len(d.queues)
-	}
-	if err := restart(&d.cfg, &cfg); err != nil {
-		return err
-	}
-	next := cfg.clone()
-	if d.active {
-		d.publishBoth(&d.cfg, &next)
-		if err := d.converge("reload", &next); err != nil {
-			d.publish(&d.cfg)
-			return err
-		}
-	}
-	d.viewMu.Lock()
-	d.cfg = next
-	d.viewMu.Unlock()
-	d.bare.Store(next.NoFilter)
-	d.publish(&next)
 	return nil
 }
 
@@ -72,27 +40,31 @@ type past struct {
 	lacks map[string]error      // optional steps that failed the last time
 }
 
-// converge brings the kernel to what cfg asks, and checks that it is there. On error it takes back all that it did.
-func (d *tunDevice) converge(op string, cfg *Config) error {
+// converge brings the kernel to what cfg asks, and checks that it is there. On error it takes back all that run did, before
+// and now.
+func (d *tunDevice) converge(op string, cfg *Config, run *execution) error {
 	want := desire(cfg, d.index)
 	want.added = d.past.added
-	run := &execution{device: d, protocol: want.protocol}
-	err := run.reach(&want)
-	if err == nil {
-		run.report()
-		d.trust = trust{at: run.seenAt, whole: true, contested: sharesKeys(run.now, &want)}
-		d.shadows(run.now, &want)
-		return nil
+	if err := run.reach(&want); err != nil {
+		return d.giveUp(op, run, &want, err)
 	}
-	d.trust.whole = false
-	d.doubt(false)
+	run.report()
+	d.trust = run.trust(&want)
+	d.shadows(run.now, &want, cfg)
+	return nil
+}
+
+// giveUp takes back all that run did, and makes the contract's error of why.
+func (d *tunDevice) giveUp(op string, run *execution, want *desired, err error) error {
 	if back := run.takeBack(); back != nil {
 		err = errors.Join(err, fmt.Errorf("%w: %w", ErrPartial, back))
 	}
+	d.trust.whole = false
+	d.doubt(false)
 	if d.closing.Load() {
 		return os.ErrClosed
 	}
-	return opError(op, d.lastLink().Name, d.explain(err, &want))
+	return opError(op, d.lastLink().Name, d.explain(err, want))
 }
 
 // explain makes the contract's errors of what the kernel said.
@@ -120,6 +92,7 @@ type execution struct {
 	done        []step    // also those whose outcome is unknown
 	failed      map[string]error
 	left        []step // of the last round
+	held        bool   // a step's end was reached already: things are not as we thought
 	unknown     error  // why the outcome of some is
 }
 
@@ -327,6 +300,7 @@ func (e *execution) settle(steps []step, results []error) (known bool, first err
 			}
 			e.failed[s.String()] = err
 		case s.held(err):
+			e.held = true
 		case first == nil:
 			first = fmt.Errorf("%s: %w", s, err)
 		}

@@ -78,6 +78,7 @@
 //	(no descriptor, clock,   configmap.go   nebula's tun section, decoded by anybody
 //	netlink or logger)       routes.go      Route, and what a Config asks of the kernel
 //	                         plan.go        plan(have, want): ordered steps, each with its way back
+//	                         changes.go     what a Reload changes of the routes, and the steps for that alone
 //	                         harden.go      the settings that make a device deaf to its peers
 //	                         restore.go     what the way back must put in order beside the steps
 //	                         shadow.go      where to ask who answers for our prefixes
@@ -97,6 +98,7 @@
 //	(thin: decide nothing    open_linux.go      the node
 //	that a pure room could)  create_linux.go    a new device; attach_linux.go, a prepared one; adopt_linux.go, an open one
 //	                         activate_linux.go  looks, carries a plan out, or takes it back
+//	                         reload_linux.go    from one Config to the next
 //	                         heal_linux.go      puts back what others remove
 //	                         apply_linux.go     a step as a message; shadow_linux.go, who answers for us
 //	                         queue_linux.go     reads and writes on one kernel queue

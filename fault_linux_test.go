@@ -159,6 +159,21 @@ func TestFaultsOfReload(t *testing.T) {
 		},
 	}
 	small := Config{Networks: prefixes("10.42.0.1/24", "10.42.0.3/24", "10.44.0.1/24"), MTU: 1000}
+	routes := old // what Reload does without a look
+	routes.Routes = []Route{
+		{Prefix: netip.MustParsePrefix("10.9.0.0/16"), MTU: 1200, Via: via("10.42.0.8")},
+		{Prefix: netip.MustParsePrefix("10.10.0.0/16"), Metric: 9},
+		{Prefix: netip.MustParsePrefix("10.11.0.0/16")},
+		{Prefix: netip.MustParsePrefix("fd09::/64"), MTU: 1290},
+		{Prefix: netip.MustParsePrefix("fd11::/64"), Via: via("fd42::9")},
+	}
+	trusting := func(prepare func(*lab) *tunDevice) func(*lab) *tunDevice {
+		return func(l *lab) *tunDevice {
+			d := prepare(l)
+			l.await("trust", d.isTrusted)
+			return d
+		}
+	}
 	prepare := func(foreign string) func(l *lab) *tunDevice {
 		return func(l *lab) *tunDevice {
 			d := l.active(old)
@@ -178,6 +193,7 @@ func TestFaultsOfReload(t *testing.T) {
 	}
 	tryFaults(t, map[string]trial{
 		"mixed":     {prepare: prepare(foreign4 + foreign6), run: reload(next)},
+		"routes":    {prepare: trusting(prepare(foreign4 + foreign6)), run: reload(routes)},
 		"IPv6 goes": {prepare: prepare(foreign4), run: reload(small), unsure: true},
 	})
 }

@@ -102,6 +102,12 @@ type trust struct {
 	at        uint64 // doubts at that look
 	whole     bool   // Config was in force, with nothing left to the administrator
 	contested bool   // somebody else holds the key of a route of ours
+	ipv6      bool   // the device has what IPv6 needs
+}
+
+// trust is what a look is worth that left nothing to do.
+func (e *execution) trust(want *desired) trust {
+	return trust{at: e.seenAt, whole: true, contested: sharesKeys(e.now, want), ipv6: want.ipv6}
 }
 
 // trusted says whether the kernel holds what Config says, by all that was announced until now.
@@ -132,7 +138,8 @@ func (d *tunDevice) heal() (r repair) {
 	d.counts.restores.Add(uint64(r.restored))
 	switch {
 	case r.err == nil && len(run.left) == 0:
-		d.trust = trust{at: run.seenAt, whole: whole && run.now.link.Up, contested: sharesKeys(run.now, &want)}
+		d.trust = run.trust(&want)
+		d.trust.whole = whole && run.now.link.Up
 		run.report()
 		r.shadowed = d.newShadows(run, &want)
 	case r.err == nil && d.doubts.Load() == signs:
@@ -199,5 +206,5 @@ func (d *tunDevice) newShadows(run *execution, want *desired) []shadow {
 			ask = append(ask, r)
 		}
 	}
-	return d.someShadows(run.now, want, ask)
+	return d.someShadows(run.now, want, &d.cfg, ask)
 }

@@ -111,7 +111,7 @@ func plan(have *observed, want *desired) []step {
 	if !have.link.Up {
 		steps = append(steps, step{kind: stepUp, to: 1})
 	}
-	steps = append(steps, planRoutes(have.routes, want)...)
+	steps = append(steps, planRoutes(have.routes, want, nil)...)
 	steps = append(steps, gone...)
 	if mtu.from > mtu.to {
 		steps = append(steps, mtu)
@@ -237,8 +237,9 @@ func companion(a kernel.Addr, protocol uint8) kernel.Addr {
 	return kernel.Addr{Prefix: netip.PrefixFrom(a.Prefix.Addr(), bits), Protocol: protocol, NoPrefixRoute: true}
 }
 
-// planRoutes adds what is missing, exchanges what differs, and removes what is ours and stale.
-func planRoutes(have []kernel.Route, want *desired) []step {
+// planRoutes adds what is missing, exchanges what differs, and removes what is ours and stale. others, if not nil, says which
+// keys are in use beside those of have and want.
+func planRoutes(have []kernel.Route, want *desired, others func(kernel.RouteKey) bool) []step {
 	held := make(map[kernel.RouteKey][]kernel.Route, len(have))
 	for _, r := range have {
 		held[r.RouteKey] = append(held[r.RouteKey], r)
@@ -247,8 +248,11 @@ func planRoutes(have []kernel.Route, want *desired) []step {
 	for _, r := range want.routes {
 		wanted[r.RouteKey] = true
 	}
-	taken := func(k kernel.RouteKey) bool { return wanted[k] || held[k] != nil }
-	var x exchange
+	spares := make(map[kernel.RouteKey]bool)
+	taken := func(k kernel.RouteKey) bool {
+		return wanted[k] || held[k] != nil || spares[k] || others != nil && others(k)
+	}
+	x := exchange{spares: spares}
 	for _, r := range want.routes {
 		x.plan(held[r.RouteKey], r, want, taken)
 	}
@@ -261,7 +265,10 @@ func planRoutes(have []kernel.Route, want *desired) []step {
 }
 
 // exchange collects routes that come, those that go then, those that come in their place, and those that stood in for them.
-type exchange struct{ in, out, then, end []kernel.Route }
+type exchange struct {
+	in, out, then, end []kernel.Route
+	spares             map[kernel.RouteKey]bool // keys of those that stand in
+}
 
 func (x *exchange) steps() []step {
 	var steps []step
@@ -308,6 +315,7 @@ func (x *exchange) plan(held []kernel.Route, r kernel.Route, want *desired, take
 		// be named alone: so one stands in at a metric that nobody uses.
 		spare := r
 		spare.RouteKey = spareKey(r.RouteKey, taken)
+		x.spares[spare.RouteKey] = true
 		x.in, x.out = append(x.in, spare), append(x.out, old...)
 		x.then, x.end = append(x.then, r), append(x.end, spare)
 	}

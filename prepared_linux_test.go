@@ -240,6 +240,7 @@ func TestStrangersRouteOnOurDevice(t *testing.T) {
 	l.reload(d, cfg)
 	l.want("routes", l.routes(d.index),
 		"10.8.0.0/16 table 254 metric 0 proto 3 mtu 1300 mss 0",
+		"10.8.0.0/16 table 254 metric 0 proto 111 mtu 1300 mss 1260", // Reload did not look before
 		"10.9.0.0/16 table 254 metric 0 proto 3 mtu 700 mss 0",
 		"10.9.0.0/16 table 254 metric 0 proto 111 mtu 1300 mss 1260",
 		"10.42.0.0/24 table 254 metric 0 proto 111 mtu 1300 mss 1260 src 10.42.0.1",

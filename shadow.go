@@ -5,7 +5,6 @@ import (
 	"slices"
 
 	"example.com/overlay/internal/kernel"
-	"github.com/gaissmai/bart"
 )
 
 // shadow is a prefix of ours for which somebody else answers.
@@ -64,17 +63,14 @@ func obscured(have *observed, want *desired) []kernel.Route {
 
 // probes finds for each of the prefixes that d installs an address by which to ask who answers for it.
 type probes struct {
-	own  map[netip.Addr]bool
-	tree bart.Lite // what d installs
+	own     map[netip.Addr]bool
+	longest func(netip.Addr) netip.Prefix // of our prefixes
 }
 
-func (d *desired) probes() *probes {
-	p := &probes{own: make(map[netip.Addr]bool, len(d.addresses))}
-	for _, a := range d.addresses {
-		p.own[a.Prefix.Addr()] = true
-	}
-	for _, r := range d.routes {
-		p.tree.Insert(r.Prefix)
+func newProbes(networks []netip.Prefix, longest func(netip.Addr) netip.Prefix) *probes {
+	p := &probes{own: make(map[netip.Addr]bool, len(networks)), longest: longest}
+	for _, network := range networks {
+		p.own[network.Addr()] = true
 	}
 	return p
 }
@@ -96,7 +92,7 @@ func (p *probes) after(prefix, other netip.Prefix) (netip.Addr, bool) {
 func (p *probes) from(prefix netip.Prefix, addr netip.Addr) (netip.Addr, bool) {
 	const tries = 64
 	for try := 0; try < tries && prefix.Contains(addr); try++ {
-		longest, _ := p.tree.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
+		longest := p.longest(addr)
 		switch {
 		case longest.Bits() > prefix.Bits():
 			addr = behind(longest)

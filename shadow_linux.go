@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/rtnl"
@@ -17,8 +18,8 @@ type question struct {
 }
 
 // shadows tells where somebody else answers in our place.
-func (d *tunDevice) shadows(have *observed, want *desired) {
-	found := d.shadowsOf(have, want, want.routes)
+func (d *tunDevice) shadows(have *observed, want *desired, cfg *Config) {
+	found := d.shadowsOf(have, want, cfg, want.routes)
 	d.viewMu.Lock()
 	d.shadowed = found
 	d.viewMu.Unlock()
@@ -26,8 +27,8 @@ func (d *tunDevice) shadows(have *observed, want *desired) {
 }
 
 // someShadows is shadows where only some routes may have got one; it returns those that are new.
-func (d *tunDevice) someShadows(have *observed, want *desired, routes []kernel.Route) []shadow {
-	found := d.shadowsOf(have, want, routes)
+func (d *tunDevice) someShadows(have *observed, want *desired, cfg *Config, routes []kernel.Route) []shadow {
+	found := d.shadowsOf(have, want, cfg, routes)
 	d.viewMu.Lock()
 	defer d.viewMu.Unlock()
 	all, news := overshadow(d.shadowed, found, routes)
@@ -48,14 +49,13 @@ func (d *tunDevice) tellShadows(found []shadow) {
 
 // shadowsOf asks the kernel about routes: an equal route of another interface that stands before ours is never seen in a look
 // at our own (kernel.md V12).
-func (d *tunDevice) shadowsOf(have *observed, want *desired, routes []kernel.Route) []shadow {
+func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes []kernel.Route) []shadow {
 	const looks = 4 // a stranger's longer prefix may hide a route of ours: another address then
 	var found []shadow
 	for _, r := range obscured(have, want) {
-		text := fmt.Sprintf("%v is answered by %s itself, protocol %d, mtu %d", r.Prefix, have.link.Name, r.Protocol, r.MTU)
-		found = append(found, shadow{r.Prefix, text})
+		found = append(found, ownShadow(r, have.link.Name))
 	}
-	probes := want.probes()
+	probes := newProbes(cfg.Networks, d.longest)
 	var questions []question
 	for _, r := range routes {
 		if dst, ok := probes.first(r.Prefix); ok && r.Table == kernel.TableMain {
@@ -66,9 +66,11 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, routes []kernel.Rou
 		var again []question
 		for i, result := range d.match(questions) {
 			q := questions[i]
-			other, err := d.answer(&q, result)
-			if err != nil {
-				found = append(found, shadow{q.route.Prefix, err.Error()})
+			other, shadow := d.answer(&q, result, want)
+			if shadow.text != "" {
+				if !slices.Contains(found, shadow) {
+					found = append(found, shadow)
+				}
 			} else if dst, ok := probes.after(q.route.Prefix, other); ok {
 				again = append(again, question{q.route, dst, q.refused})
 			}
@@ -76,6 +78,11 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, routes []kernel.Rou
 		questions = again
 	}
 	return found
+}
+
+// ownShadow is cast by a route through the device itself.
+func ownShadow(r kernel.Route, device string) shadow {
+	return shadow{r.Prefix, fmt.Sprintf("%v is answered by %s itself, protocol %d, mtu %d", r.Prefix, device, r.Protocol, r.MTU)}
 }
 
 func (d *tunDevice) match(questions []question) []rtnl.Result {
@@ -86,27 +93,37 @@ func (d *tunDevice) match(questions []question) []rtnl.Result {
 	return d.ctl.Do(requests...)
 }
 
-// answer says in an error who answers for q instead of us. other, if set, is what the answer is about instead: a longer prefix.
-func (d *tunDevice) answer(q *question, result rtnl.Result) (other netip.Prefix, err error) {
+// answer says who answers for q instead of us. other, if set, is what the answer is about instead: a longer prefix.
+func (d *tunDevice) answer(q *question, result rtnl.Result, want *desired) (other netip.Prefix, by shadow) {
 	r := q.route
 	if refused := (*rtnl.Error)(nil); errors.As(result.Err, &refused) {
 		if q.refused != nil || r.Prefix.IsSingleIP() {
-			return other, fmt.Errorf("%v is answered by a route that leads nowhere: %w", r.Prefix, refused)
+			return other, shadow{r.Prefix, fmt.Sprintf("%v is answered by a route that leads nowhere: %v", r.Prefix, refused)}
 		}
 		q.refused = refused // perhaps of a part of it only: look at the other half
-		return netip.PrefixFrom(q.dst, r.Prefix.Bits()+1).Masked(), nil
+		return netip.PrefixFrom(q.dst, r.Prefix.Bits()+1).Masked(), by
 	}
 	if result.Err != nil || len(result.Answers) != 1 {
-		return other, nil // not told
+		return other, by // not told
 	}
 	got, _, err := rtnl.DecodeRoute(result.Answers[0])
 	switch {
-	case err != nil, got.Link == d.index, got.Prefix.Bits() < r.Prefix.Bits(): // a shorter one: ours went since we looked
-		return other, nil
+	case err != nil, got.Prefix.Bits() < r.Prefix.Bits(): // a shorter one: ours went since we looked
+		return other, by
 	case got.Prefix != r.Prefix:
-		return got.Prefix, nil
+		if got.Link == d.index {
+			return other, by
+		}
+		return got.Prefix, by
+	case got.Link != d.index:
+		return other, shadow{r.Prefix, fmt.Sprintf("%v is answered by %s, protocol %d", r.Prefix, d.linkName(got.Link), got.Protocol)}
+	case got.Protocol != want.protocol:
+		d.trust.contested = true
+		if !want.does(got, r) {
+			by = ownShadow(got, d.linkName(d.index))
+		}
 	}
-	return other, fmt.Errorf("%v is answered by %s, protocol %d", r.Prefix, d.linkName(got.Link), got.Protocol)
+	return other, by
 }
 
 // linkName names another interface for people.

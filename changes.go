@@ -1,0 +1,106 @@
+package overlay
+
+import (
+	"net/netip"
+	"slices"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// routeChanges are the routes in which two Configs differ: those that only the old one has, and those that only the new one has.
+// A route that changed is in both.
+type routeChanges struct{ gone, come []*Route }
+
+// changedRoutes compares routes in one pass; in whatever order they are listed. They point into the Configs.
+func changedRoutes(old, next []Route) (c routeChanges) {
+	for len(old) > 0 && len(next) > 0 && old[0].equal(&next[0]) {
+		old, next = old[1:], next[1:]
+	}
+	for len(old) > 0 && len(next) > 0 && old[len(old)-1].equal(&next[len(next)-1]) {
+		old, next = old[:len(old)-1], next[:len(next)-1]
+	}
+	had := make(map[kernel.RouteKey]*Route, len(old))
+	for i := range old {
+		had[old[i].key()] = &old[i]
+	}
+	for i := range next {
+		r := &next[i]
+		if was := had[r.key()]; was != nil && was.equal(r) {
+			delete(had, r.key())
+			continue
+		}
+		c.come = append(c.come, r)
+	}
+	for i := range old {
+		if r := &old[i]; had[r.key()] == r {
+			c.gone = append(c.gone, r)
+		}
+	}
+	return c
+}
+
+func (r *Route) equal(other *Route) bool {
+	return r.Prefix == other.Prefix && r.MTU == other.MTU && r.Metric == other.Metric && r.Table == other.Table &&
+		r.NoInstall == other.NoInstall && slices.Equal(r.Via, other.Via)
+}
+
+// prefixes are those of all of them.
+func (c routeChanges) prefixes() map[netip.Prefix]bool {
+	all := make(map[netip.Prefix]bool, len(c.gone)+len(c.come))
+	for _, list := range [][]*Route{c.gone, c.come} {
+		for _, r := range list {
+			all[r.Prefix] = true
+		}
+	}
+	return all
+}
+
+// onlyRoutes says whether two valid Configs differ, as far as the kernel is concerned, in nothing but these routes, none of which
+// is a network of ours.
+func (c routeChanges) onlyRoutes(old, next *Config) bool {
+	same := old.mtuOf() == next.mtuOf() && old.deviceMTU() == next.deviceMTU() && old.TxQueueLen == next.TxQueueLen &&
+		old.LinkLocal == next.LinkLocal && old.TakeAddresses == next.TakeAddresses && slices.Equal(old.Networks, next.Networks)
+	if !same {
+		return false
+	}
+	prefixes := c.prefixes()
+	return !slices.ContainsFunc(old.Networks, func(n netip.Prefix) bool { return prefixes[n.Masked()] })
+}
+
+// planChanges are the steps for routes alone, where the kernel holds what old asks for: as many messages as law 5 allows.
+func (c routeChanges) planChanges(old, next *Config, link int) (steps []step, want desired) {
+	want = desired{protocol: next.protocol(), mtu: next.deviceMTU()}
+	var have []kernel.Route
+	install := func(cfg *Config, list []*Route, to *[]kernel.Route) {
+		for _, r := range list {
+			if !r.NoInstall {
+				want.ipv6 = want.ipv6 || r.Prefix.Addr().Is6()
+				*to = append(*to, want.route(cfg, r.key(), link, cfg.routeMTU(r)))
+			}
+		}
+	}
+	install(old, c.gone, &have)
+	install(next, c.come, &want.routes)
+	var keys map[kernel.RouteKey]bool // of all routes; made when somebody asks, which IPv6 alone does
+	taken := func(k kernel.RouteKey) bool {
+		if keys == nil {
+			keys = allKeys(old, next)
+		}
+		return keys[k]
+	}
+	return planRoutes(have, &want, taken), want
+}
+
+// allKeys are those of the routes of both.
+func allKeys(old, next *Config) map[kernel.RouteKey]bool {
+	keys := make(map[kernel.RouteKey]bool, len(old.Routes)+len(old.Networks))
+	for _, cfg := range []*Config{old, next} {
+		for _, network := range cfg.Networks {
+			keys[connectedKey(network)] = true
+		}
+		for i := range cfg.Routes {
+			keys[cfg.Routes[i].key()] = true
+		}
+	}
+	return keys
+}

@@ -1,0 +1,94 @@
+package overlay
+
+import (
+	"net/netip"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// Reload implements Device. The tree learns new routes before the kernel does and forgets old ones after.
+func (d *tunDevice) Reload(cfg Config) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.alive(); err != nil {
+		return err
+	}
+	if err := cfg.Validate(); err != nil {
+		return err
+	}
+	if d.adopted && cfg.Queues == 0 {
+		cfg.Queues = len(d.queues)
+	}
+	if err := restart(&d.cfg, &cfg); err != nil {
+		return err
+	}
+	next := cfg.clone()
+	changes := changedRoutes(d.cfg.Routes, next.Routes)
+	if d.active {
+		d.publishBoth(&d.cfg, &next)
+		if err := d.enforce(&next, changes); err != nil {
+			d.publish(&d.cfg)
+			return err
+		}
+	}
+	d.viewMu.Lock()
+	d.cfg = next
+	d.viewMu.Unlock()
+	d.bare.Store(next.NoFilter)
+	d.publish(&next)
+	return nil
+}
+
+// enforce brings the kernel from the Config in force to next. Where that is a matter of routes, and nobody has meddled since we
+// looked, it takes law 5's messages and no look.
+func (d *tunDevice) enforce(next *Config, changes routeChanges) error {
+	run := &execution{device: d, protocol: next.protocol()}
+	if !changes.onlyRoutes(&d.cfg, next) || d.trust.contested || !d.trusted() {
+		return d.converge("reload", next, run)
+	}
+	steps, want := changes.planChanges(&d.cfg, next, d.index)
+	if want.ipv6 && !d.trust.ipv6 {
+		return d.converge("reload", next, run) // its first route: can the device carry it?
+	}
+	if len(steps) == 0 {
+		return nil
+	}
+	if err := run.carryOut(steps); err != nil {
+		run.before = d.supposed()
+		return d.giveUp("reload", run, &want, err)
+	}
+	if run.held || run.unknown != nil {
+		run.before = d.supposed()
+		return d.converge("reload", next, run) // things are not as we thought: look
+	}
+	d.tellShadows(d.someShadows(&observed{}, &want, next, added(steps, want.routes)))
+	return nil
+}
+
+// added are those of the wanted routes that steps add: not those that only stand in for others meanwhile.
+func added(steps []step, wanted []kernel.Route) (routes []kernel.Route) {
+	keys := make(map[kernel.RouteKey]bool)
+	for _, s := range steps {
+		if s.kind == stepAddRoute {
+			keys[s.route.RouteKey] = true
+		}
+	}
+	for _, r := range wanted {
+		if keys[r.RouteKey] {
+			routes = append(routes, r)
+		}
+	}
+	return routes
+}
+
+// supposed is what the kernel holds of ours by all we know.
+func (d *tunDevice) supposed() *observed {
+	want := desire(&d.cfg, d.index)
+	return &observed{link: d.lastLink(), addresses: want.addresses, routes: want.routes}
+}
+
+// longest is the longest prefix in the tree around an address.
+func (d *tunDevice) longest(addr netip.Addr) netip.Prefix {
+	prefix, _, _ := d.table.Load().tree.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
+	return prefix
+}
