@@ -11,8 +11,7 @@ import (
 
 // core is what every kind of device has: the route tree, events, counters, a log.
 type core struct {
-	pool   gatewayPool
-	table  atomic.Pointer[snapshot] // the one writer holds the device's lock, readers load it
+	tree   routeTree
 	events eventQueue
 	log    atomic.Pointer[logrus.FieldLogger] // of the Config in force; nil: silent
 	counts struct{ overruns, resyncs, restores, restoreFails, offloadFails atomic.Uint64 }
@@ -23,7 +22,7 @@ func (c *core) sealed() {}
 // publish puts a valid Config in force as far as the kernel has no part in it: its routes into the tree, its logger.
 func (c *core) publish(cfg *Config) {
 	c.logTo(cfg.Logger)
-	c.table.Store(newSnapshot(cfg, &c.pool))
+	c.tree.replace(staticRoutes, staticLayer(cfg, &c.tree.pool, nil))
 }
 
 func (c *core) logTo(log logrus.FieldLogger) {
@@ -40,7 +39,7 @@ func (c *core) NextHop(packet []byte, alive func(netip.Addr) bool) (netip.Addr, 
 	if !ok {
 		return netip.Addr{}, false
 	}
-	gateways, ok := c.table.Load().lookup(dst)
+	gateways, ok := c.tree.lookup(dst)
 	switch {
 	case !ok:
 		return netip.Addr{}, false
@@ -52,7 +51,7 @@ func (c *core) NextHop(packet []byte, alive func(netip.Addr) bool) (netip.Addr, 
 
 // RoutesFor implements Device.
 func (c *core) RoutesFor(dst netip.Addr) (Gateways, bool) {
-	return c.table.Load().lookup(dst.Unmap())
+	return c.tree.lookup(dst.Unmap())
 }
 
 // routed says whether a route or a network has this very prefix.

@@ -148,7 +148,7 @@ func (d *memoryDevice) Stats() Stats {
 // State implements Device.
 func (d *memoryDevice) State() State {
 	cfg := d.wire.cfg.Load()
-	s := State{Name: d.name, MTU: cfg.deviceMTU(), table: d.table.Load()}
+	s := State{Name: d.name, MTU: cfg.deviceMTU(), table: d.tree.current.Load()}
 	if d.peer != nil {
 		s.Offload = (OffloadTCP | OffloadUDP) &^ cfg.NoOffload
 		if d.alive() == nil {

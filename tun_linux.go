@@ -250,7 +250,7 @@ func (d *tunDevice) stats() Stats {
 // State implements Device.
 func (d *tunDevice) State() State {
 	link, here := d.look()
-	s := State{Name: link.Name, MTU: link.MTU, table: d.table.Load()}
+	s := State{Name: link.Name, MTU: link.MTU, table: d.tree.current.Load()}
 	if here {
 		s.Index, s.Up = d.index, link.Up
 	}
