@@ -87,9 +87,10 @@ func (d *tunDevice) explain(err error, want *desired) error {
 type execution struct {
 	device      *tunDevice
 	protocol    uint8
-	before, now *observed // the first look and the last
-	seenAt      uint64    // doubts at the last
-	done        []step    // also those whose outcome is unknown
+	before, now *observed               // the first look and the last
+	seenAt      uint64                  // doubts at the last
+	concerned   func(netip.Prefix) bool // of others' routes, which to look at; nil: all
+	done        []step                  // also those whose outcome is unknown
 	failed      map[string]error
 	left        []step // of the last round
 	held        bool   // a step's end was reached already: things are not as we thought
@@ -135,7 +136,7 @@ func (e *execution) reach(want *desired) error {
 func (e *execution) look() (err error) {
 	e.device.watch.hearAll(e.device)
 	e.seenAt = e.device.doubts.Load()
-	if e.now, err = e.device.observe(); err == nil && e.before == nil {
+	if e.now, err = e.device.observe(e.concerned); err == nil && e.before == nil {
 		e.before = e.now
 	}
 	return err
@@ -164,8 +165,8 @@ func ipv6Exists() bool {
 	return true
 }
 
-// observe reads what the kernel holds for the device.
-func (d *tunDevice) observe() (*observed, error) {
+// observe reads what the kernel holds for the device; of others' routes those for prefixes that are concerned (nil: all).
+func (d *tunDevice) observe(concerned func(netip.Prefix) bool) (*observed, error) {
 	have := new(observed)
 	var err error
 	if have.link, err = d.ownLink(d.ctl); err != nil {
@@ -189,15 +190,22 @@ func (d *tunDevice) observe() (*observed, error) {
 		families = families[:1]
 	}
 	for _, family := range families {
-		if err := d.observeRoutes(have, family); err != nil {
+		if err := d.observeRoutes(have, family, concerned); err != nil {
 			return nil, fmt.Errorf("read the routes: %w", err)
 		}
 	}
 	return have, nil
 }
 
-func (d *tunDevice) observeRoutes(have *observed, family uint8) error {
-	messages, err := d.ctl.Dump(rtnl.GetRoutes(family, d.index))
+func (d *tunDevice) observeRoutes(have *observed, family uint8, concerned func(netip.Prefix) bool) error {
+	request := rtnl.GetRoutes(family, d.index)
+	if ours := d.cfg.protocol(); concerned != nil {
+		request.Keep = func(m rtnl.Message) bool {
+			prefix, protocol := rtnl.PeekRoute(m)
+			return protocol == ours || concerned(prefix)
+		}
+	}
+	messages, err := d.ctl.Dump(request)
 	if err != nil {
 		return err
 	}
@@ -286,6 +294,7 @@ func (e *execution) carryOut(steps []step) error {
 // settle records what was done, or may have been, and returns the first failure that counts.
 func (e *execution) settle(steps []step, results []error) (known bool, first error) {
 	known = true
+	e.done = slices.Grow(e.done, len(steps))
 	for i, err := range results {
 		s := steps[i]
 		switch {
@@ -368,7 +377,7 @@ func (e *execution) takeBack() error {
 	}
 	failed := e.undo(back)
 	for try := 0; ; try++ {
-		now, err := d.observe()
+		now, err := d.observe(nil)
 		if errors.Is(err, ErrGone) || errors.Is(err, unix.ENODEV) {
 			return nil // and with the device all that was done to it
 		}

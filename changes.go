@@ -55,6 +55,20 @@ func (c routeChanges) prefixes() map[netip.Prefix]bool {
 	return all
 }
 
+// touched are the prefixes of which the Configs may say different things: of these routes, and of networks that come or go.
+func (c routeChanges) touched(old, next *Config) map[netip.Prefix]bool {
+	all := c.prefixes()
+	if slices.Equal(old.Networks, next.Networks) {
+		return all
+	}
+	for _, list := range [][]netip.Prefix{old.Networks, next.Networks} {
+		for _, network := range list {
+			all[network.Masked()] = true
+		}
+	}
+	return all
+}
+
 // onlyRoutes says whether two valid Configs differ, as far as the kernel is concerned, in nothing but these routes, none of which
 // is a network of ours.
 func (c routeChanges) onlyRoutes(old, next *Config) bool {

@@ -54,12 +54,6 @@ func (c *core) RoutesFor(dst netip.Addr) (Gateways, bool) {
 	return c.tree.lookup(dst.Unmap())
 }
 
-// routed says whether a route or a network has this very prefix.
-func (c *core) routed(prefix netip.Prefix) bool {
-	_, ok := c.table.Load().tree.Get(prefix)
-	return ok
-}
-
 // Events implements Device.
 func (c *core) Events() <-chan Event { return c.events.channel() }
 

@@ -94,7 +94,7 @@ func (d *tunDevice) doubt(urgent bool) {
 func (d *tunDevice) beliefs() beliefs {
 	d.viewMu.Lock()
 	defer d.viewMu.Unlock()
-	return beliefs{config: d.cfg, link: d.index, routed: d.routed}
+	return beliefs{config: d.cfg, link: d.index, routed: d.tree.routed}
 }
 
 // trust is what the device knows of the kernel since its last look; with mu held.
@@ -124,7 +124,7 @@ func (d *tunDevice) heal() (r repair) {
 	}
 	want := desire(&d.cfg, d.index)
 	want.added, want.takeAddresses = d.past.added, false // who adds something takes nothing away
-	run := &execution{device: d, protocol: want.protocol}
+	run := &execution{device: d, protocol: want.protocol, concerned: d.tree.routed}
 	r.looked, r.err = true, run.look()
 	if r.err != nil {
 		return r

@@ -85,7 +85,7 @@ func TestReloadIsMinimal(t *testing.T) {
 func (l *lab) wantInForce(d *tunDevice) {
 	l.Helper()
 	want := desire(&d.cfg, d.index)
-	have, err := d.observe()
+	have, err := d.observe(nil)
 	l.must(err)
 	if steps := plan(have, &want); len(steps) > 0 {
 		l.Errorf("the kernel differs: %s", differences(steps))
@@ -93,7 +93,9 @@ func (l *lab) wantInForce(d *tunDevice) {
 	if len(have.routes) != len(want.routes) {
 		l.Errorf("%d routes, want %d", len(have.routes), len(want.routes))
 	}
-	fresh := State{table: newSnapshot(&d.cfg, &d.pool)}
+	var tree routeTree
+	tree.replace(staticRoutes, staticLayer(&d.cfg, &d.tree.pool, nil))
+	fresh := State{table: tree.current.Load()}
 	next, stop := iter.Pull2(fresh.Routes())
 	defer stop()
 	for prefix, gateways := range d.State().Routes() {
@@ -142,7 +144,7 @@ func (l *lab) converged(d *tunDevice) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	want := desire(&d.cfg, d.index)
-	have, err := d.observe()
+	have, err := d.observe(nil)
 	return err == nil && len(plan(have, &want)) == 0
 }
 

@@ -51,7 +51,10 @@ func (w *watch) start(d *tunDevice) {
 	w.done, w.seen = make(chan struct{}), d.lastLink()
 	go func() {
 		defer close(w.done)
-		for w.listener.Wait() == nil && w.hearAll(d) {
+		for w.listener.Wait() == nil {
+			if w.hearAll(d); w.isDeaf() {
+				return
+			}
 		}
 	}()
 }
@@ -65,7 +68,7 @@ func (w *watch) stop() {
 }
 
 // hearAll takes note of all that was announced until now: the kernel's announcement precedes the end of the request that it is
-// about. false: nothing is announced any more.
+// about. false: there is more, in a storm, or nothing is announced any more.
 func (w *watch) hearAll(d *tunDevice) bool {
 	if w == nil {
 		return false
@@ -92,8 +95,13 @@ func (w *watch) hearAll(d *tunDevice) bool {
 			return true
 		}
 	}
-	d.doubts.Add(1) // there is more
-	return !w.deaf
+	return false
+}
+
+func (w *watch) isDeaf() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.deaf
 }
 
 // hear takes note of one announcement. They come in order, so that none between two of ours goes untold.

@@ -252,7 +252,7 @@ func planRoutes(have []kernel.Route, want *desired, others func(kernel.RouteKey)
 	taken := func(k kernel.RouteKey) bool {
 		return wanted[k] || held[k] != nil || spares[k] || others != nil && others(k)
 	}
-	x := exchange{spares: spares}
+	x := exchange{spares: spares, in: make([]kernel.Route, 0, max(len(want.routes)-len(have), 0))}
 	for _, r := range want.routes {
 		x.plan(held[r.RouteKey], r, want, taken)
 	}
@@ -271,7 +271,7 @@ type exchange struct {
 }
 
 func (x *exchange) steps() []step {
-	var steps []step
+	steps := make([]step, 0, len(x.in)+len(x.out)+len(x.then)+len(x.end))
 	list := func(kind stepKind, routes []kernel.Route) {
 		for _, r := range routes {
 			steps = append(steps, step{kind: kind, route: r})

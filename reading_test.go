@@ -29,10 +29,4 @@ func BenchmarkReadingConfig(b *testing.B) {
 			changedRoutes(cfg.Routes, other.Routes)
 		}
 	})
-	b.Run("newSnapshot", func(b *testing.B) {
-		b.ReportAllocs()
-		for b.Loop() {
-			newSnapshot(&cfg, new(gatewayPool))
-		}
-	})
 }

@@ -1,10 +1,6 @@
 package overlay
 
-import (
-	"net/netip"
-
-	"example.com/overlay/internal/kernel"
-)
+import "example.com/overlay/internal/kernel"
 
 // Reload implements Device. The tree learns new routes before the kernel does and forgets old ones after.
 func (d *tunDevice) Reload(cfg Config) error {
@@ -24,10 +20,11 @@ func (d *tunDevice) Reload(cfg Config) error {
 	}
 	next := cfg.clone()
 	changes := changedRoutes(d.cfg.Routes, next.Routes)
+	touched := changes.touched(&d.cfg, &next)
 	if d.active {
-		d.publishBoth(&d.cfg, &next)
+		d.publishTouched(&next, touched, true)
 		if err := d.enforce(&next, changes); err != nil {
-			d.publish(&d.cfg)
+			d.publishTouched(&d.cfg, touched, false)
 			return err
 		}
 	}
@@ -35,7 +32,8 @@ func (d *tunDevice) Reload(cfg Config) error {
 	d.cfg = next
 	d.viewMu.Unlock()
 	d.bare.Store(next.NoFilter)
-	d.publish(&next)
+	d.logTo(next.Logger)
+	d.publishTouched(&next, touched, false)
 	return nil
 }
 
@@ -85,10 +83,4 @@ func added(steps []step, wanted []kernel.Route) (routes []kernel.Route) {
 func (d *tunDevice) supposed() *observed {
 	want := desire(&d.cfg, d.index)
 	return &observed{link: d.lastLink(), addresses: want.addresses, routes: want.routes}
-}
-
-// longest is the longest prefix in the tree around an address.
-func (d *tunDevice) longest(addr netip.Addr) netip.Prefix {
-	prefix, _, _ := d.table.Load().tree.LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
-	return prefix
 }

@@ -103,11 +103,9 @@ func TestProbes(t *testing.T) {
 		{Prefix: p("255.255.255.0/24")},
 		{Prefix: p("fd09::/16")},
 	}}
-	tree := newSnapshot(&c, new(gatewayPool)).tree
-	probes := newProbes(c.Networks, func(a netip.Addr) netip.Prefix {
-		prefix, _, _ := tree.LookupPrefixLPM(netip.PrefixFrom(a, a.BitLen()))
-		return prefix
-	})
+	var tree routeTree
+	tree.replace(staticRoutes, staticLayer(&c, &tree.pool, nil))
+	probes := newProbes(c.Networks, tree.longest)
 	for prefix, want := range map[string]string{
 		"10.1.0.0/24": "10.1.0.2", "fd01::/64": "fd01::2", "10.0.0.0/8": "10.192.0.0", "10.0.0.0/9": "10.0.0.1", "10.9.9.9/32": "10.9.9.9",
 		"11.0.0.0/31": "", "0.0.0.0/0": "0.0.0.1", "fd09::/16": "fd09::1",

@@ -140,6 +140,22 @@ func (t *routeTree) change(name layerName, changes []change) {
 	t.publishLocked(changes)
 }
 
+// routed says whether the Config has a route or a network of this very prefix.
+func (t *routeTree) routed(prefix netip.Prefix) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	_, ok := t.layerLocked(staticRoutes).Get(prefix)
+	return ok
+}
+
+// longest returns the Config's longest prefix around an address; the zero Prefix if there is none.
+func (t *routeTree) longest(addr netip.Addr) netip.Prefix {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	prefix, _, _ := t.layerLocked(staticRoutes).LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
+	return prefix
+}
+
 func (t *routeTree) layerLocked(name layerName) *layer {
 	if t.layers[name] == nil {
 		t.layers[name] = new(layer)
@@ -262,18 +278,6 @@ func (s *snapshot) withInCopy(edits []edit) *snapshot {
 		}
 	}
 	return (*snapshot)(tree)
-}
-
-// publishBoth puts next into the tree and leaves what only old has: while the kernel changes from one to the other, what it
-// hands us still finds its gateway.
-func (c *core) publishBoth(old, next *Config) {
-	both := staticLayer(next, &c.tree.pool, nil)
-	for prefix, o := range staticLayer(old, &c.tree.pool, nil).All() {
-		if _, ok := both.Get(prefix); !ok {
-			both.Insert(prefix, o)
-		}
-	}
-	c.tree.replace(staticRoutes, both)
 }
 
 // publishTouched makes the tree's static layer say of the touched prefixes what cfg says, in one publication; of all others

@@ -108,14 +108,15 @@ func TestTouchedPrefixes(t *testing.T) {
 	}
 }
 
-func TestPublishBothKeepsOld(t *testing.T) {
+func TestPublishTouchedKeepsOld(t *testing.T) {
 	old := Config{Routes: []Route{routeTo("10.1.0.0/16"), routeTo("10.2.0.0/16")}}
 	next := Config{Networks: prefixes("10.0.0.1/24"), Routes: []Route{routeTo("10.1.0.0/16", "10.0.0.2")}}
 	var c core
 	c.publish(&old)
 	learned := change{prefix: netip.MustParsePrefix("10.5.0.0/16")}
 	c.tree.change(learnedRoutes, []change{learned})
-	c.publishBoth(&old, &next)
+	changes := changedRoutes(old.Routes, next.Routes)
+	c.publishTouched(&next, changes.touched(&old, &next), true)
 	treeHolds(t, "both", &c, &next, netip.MustParsePrefix("10.2.0.0/16"), learned.prefix)
 	c.publish(&next)
 	treeHolds(t, "next", &c, &next, learned.prefix)

@@ -8,6 +8,7 @@ import (
 
 	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/rtnl"
+	"golang.org/x/sys/unix"
 )
 
 // question asks who answers for a route of ours.
@@ -55,7 +56,11 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes
 	for _, r := range obscured(have, want) {
 		found = append(found, ownShadow(r, have.link.Name))
 	}
-	probes := newProbes(cfg.Networks, d.longest)
+	const few = 256
+	if len(routes) > few { // then a look at all that others have is cheaper
+		routes = d.rivalled(routes, want.protocol)
+	}
+	probes := newProbes(cfg.Networks, d.tree.longest)
 	var questions []question
 	for _, r := range routes {
 		if dst, ok := probes.first(r.Prefix); ok && r.Table == kernel.TableMain {
@@ -78,6 +83,28 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes
 		questions = again
 	}
 	return found
+}
+
+// rivalled returns those of the routes for whose very prefix somebody else has a route, through whatever interface, or none.
+func (d *tunDevice) rivalled(routes []kernel.Route, protocol uint8) []kernel.Route {
+	ours := make(map[netip.Prefix]bool, len(routes))
+	for _, r := range routes {
+		ours[r.Prefix] = true
+	}
+	rivals := make(map[netip.Prefix]bool)
+	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		request := rtnl.GetAllRoutes(family)
+		request.Keep = func(m rtnl.Message) bool {
+			if prefix, by := rtnl.PeekRoute(m); by != protocol && ours[prefix] {
+				rivals[prefix] = true
+			}
+			return false
+		}
+		if _, err := d.ctl.Dump(request); err != nil {
+			return routes // ask about all, then
+		}
+	}
+	return slices.DeleteFunc(slices.Clone(routes), func(r kernel.Route) bool { return !rivals[r.Prefix] })
 }
 
 // ownShadow is cast by a route through the device itself.

@@ -1,6 +1,7 @@
 package rtnl
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -225,15 +226,27 @@ func (c *Conn) dump(request Message) ([]Message, error) {
 	if err := c.sock.send(request.appendTo(nil)); err != nil {
 		return nil, err
 	}
-	all, end, err := c.collectDump(request.Seq)
+	all, end, err := c.collectDump(request)
 	if !end {
 		c.sock.drain() // to its end: the kernel begins no other on this socket before
 	}
 	return all, err
 }
 
+// keep appends m to all, or a copy of it where it stands in the receive buffer.
+func (r *Message) keep(all []Message, m Message) []Message {
+	if r.Keep == nil {
+		return append(all, m)
+	}
+	if !r.Keep(m) {
+		return all
+	}
+	m.Body = bytes.Clone(m.Body)
+	return append(all, m)
+}
+
 // collectDump reads to the end of a dump; end: it got there.
-func (c *Conn) collectDump(seq uint32) (all []Message, end bool, err error) {
+func (c *Conn) collectDump(request Message) (all []Message, end bool, err error) {
 	whole := true
 	for {
 		datagram, err := c.receive()
@@ -244,17 +257,19 @@ func (c *Conn) collectDump(seq uint32) (all []Message, end bool, err error) {
 		if err != nil {
 			return nil, false, err
 		}
-		copied := append([]byte(nil), datagram...)
-		for m, err := range split(copied) {
+		if request.Keep == nil {
+			datagram = bytes.Clone(datagram)
+		}
+		for m, err := range split(datagram) {
 			if err != nil {
 				return nil, false, err
 			}
-			if m.Seq != seq {
+			if m.Seq != request.Seq {
 				continue // left from an exchange whose answers were lost
 			}
 			whole = whole && m.Flags&unix.NLM_F_DUMP_INTR == 0
 			if m.Type != unix.NLMSG_ERROR && m.Type != unix.NLMSG_DONE {
-				all = append(all, m)
+				all = request.keep(all, m)
 				continue
 			}
 			if err := decodeError(m); err != nil {

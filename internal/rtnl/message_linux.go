@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"net/netip"
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
@@ -17,6 +18,8 @@ type Message struct {
 	Flags uint16
 	Seq   uint32 // set by Conn
 	Body  []byte // family header and attributes
+
+	Keep func(Message) bool // of a dump's request: which answers to return, and not to hold on to; nil: all
 }
 
 // Error is what the kernel answered: an errno and, where it gave one, its own words and the dump or message concerned.
@@ -174,3 +177,23 @@ func body(parts ...nl.NetlinkRequestData) []byte {
 }
 
 func attr32(kind int, value uint32) *nl.RtAttr { return nl.NewRtAttr(kind, nl.Uint32Attr(value)) }
+
+// appendAttr appends the head of an attribute whose value, of so many bytes, the caller appends.
+func appendAttr(b []byte, kind uint16, size int) []byte {
+	b = binary.NativeEndian.AppendUint16(b, uint16(unix.SizeofRtAttr+size))
+	return binary.NativeEndian.AppendUint16(b, kind)
+}
+
+func append32(b []byte, kind uint16, value uint32) []byte {
+	return binary.NativeEndian.AppendUint32(appendAttr(b, kind, 4), value)
+}
+
+func appendAddr(b []byte, kind uint16, a netip.Addr) []byte {
+	b = appendAttr(b, kind, a.BitLen()/8)
+	if a.Is4() {
+		v := a.As4()
+		return append(b, v[:]...)
+	}
+	v := a.As16()
+	return append(b, v[:]...)
+}

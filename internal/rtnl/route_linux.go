@@ -23,6 +23,13 @@ func GetRoutes(family uint8, index int) Message {
 	return Message{Type: unix.RTM_GETROUTE, Body: body(h, attr32(unix.RTA_OIF, uint32(index)))}
 }
 
+// GetAllRoutes asks for one family's routes of every kind, table and interface.
+func GetAllRoutes(family uint8) Message {
+	h := &nl.RtMsg{}
+	h.Family = family
+	return Message{Type: unix.RTM_GETROUTE, Body: body(h)}
+}
+
 // GetLocal asks for the addresses of one family that the kernel takes packets for on one interface.
 func GetLocal(family uint8, index int) Message {
 	h := &nl.RtMsg{}
@@ -50,7 +57,7 @@ func AddRoute(r kernel.Route) Message {
 	}
 	h := routeHeader(r)
 	h.Type, h.Scope = unix.RTN_UNICAST, scopeOf(r.Prefix)
-	m.Body = append(append(body(h), routeAttributes(r)...), routeDetails(r)...)
+	m.Body = appendRouteDetails(appendRouteKey(routeRoom(h), &r), &r)
 	return m
 }
 
@@ -67,14 +74,14 @@ func scopeOf(prefix netip.Prefix) uint8 {
 func DelRoute(r kernel.Route) Message {
 	h := routeHeader(r)
 	h.Scope = unix.RT_SCOPE_NOWHERE
-	return Message{Type: unix.RTM_DELROUTE, Flags: unix.NLM_F_ECHO, Body: append(body(h), routeAttributes(r)...)}
+	return Message{Type: unix.RTM_DELROUTE, Flags: unix.NLM_F_ECHO, Body: appendRouteKey(routeRoom(h), &r)}
 }
 
 // DelRouteExactly is DelRoute that also tells two alike of different MTU, MSS or source apart. IPv4 only: IPv6 holds no
 // two.
 func DelRouteExactly(r kernel.Route) Message {
 	m := DelRoute(r)
-	m.Body = append(m.Body, routeDetails(r)...)
+	m.Body = appendRouteDetails(m.Body, &r)
 	return m
 }
 
@@ -85,33 +92,55 @@ func routeHeader(r kernel.Route) *nl.RtMsg {
 	return h
 }
 
-// routeAttributes are those that name a route.
-func routeAttributes(r kernel.Route) []byte {
-	return body(
-		nl.NewRtAttr(unix.RTA_DST, r.Prefix.Addr().AsSlice()),
-		attr32(unix.RTA_OIF, uint32(r.Link)),
-		attr32(unix.RTA_TABLE, r.Table),
-		attr32(unix.RTA_PRIORITY, r.Metric),
-	)
+// routeRoom is the header with room for all that may follow.
+func routeRoom(h *nl.RtMsg) []byte {
+	return append(make([]byte, 0, 128), h.Serialize()...)
 }
 
-// routeDetails are the others that we set.
-func routeDetails(r kernel.Route) []byte {
-	var b []byte
+// The attributes of a route are appended in place: of the many small pieces that a tree of nl.RtAttr is made of, a hundred
+// thousand routes make a tenth of their installation's time.
+
+// appendRouteKey appends the attributes that name a route.
+func appendRouteKey(b []byte, r *kernel.Route) []byte {
+	b = appendAddr(b, unix.RTA_DST, r.Prefix.Addr())
+	b = append32(b, unix.RTA_OIF, uint32(r.Link))
+	b = append32(b, unix.RTA_TABLE, r.Table)
+	return append32(b, unix.RTA_PRIORITY, r.Metric)
+}
+
+// appendRouteDetails appends the others that we set.
+func appendRouteDetails(b []byte, r *kernel.Route) []byte {
 	if r.Source.IsValid() {
-		b = append(b, body(nl.NewRtAttr(unix.RTA_PREFSRC, r.Source.AsSlice()))...)
+		b = appendAddr(b, unix.RTA_PREFSRC, r.Source)
 	}
 	if r.MTU == 0 && r.MSS == 0 {
 		return b
 	}
-	metrics := nl.NewRtAttr(unix.RTA_METRICS, nil)
+	start := len(b)
+	b = appendAttr(b, unix.RTA_METRICS, 0)
 	if r.MTU != 0 {
-		metrics.AddRtAttr(unix.RTAX_MTU, nl.Uint32Attr(r.MTU))
+		b = append32(b, unix.RTAX_MTU, r.MTU)
 	}
 	if r.MSS != 0 {
-		metrics.AddRtAttr(unix.RTAX_ADVMSS, nl.Uint32Attr(r.MSS))
+		b = append32(b, unix.RTAX_ADVMSS, r.MSS)
 	}
-	return append(b, body(metrics)...)
+	binary.NativeEndian.PutUint16(b[start:], uint16(len(b)-start))
+	return b
+}
+
+// PeekRoute reads of a route message what tells whose it is, at a tenth of DecodeRoute's cost.
+func PeekRoute(m Message) (prefix netip.Prefix, protocol uint8) {
+	if len(m.Body) < unix.SizeofRtMsg {
+		return prefix, 0
+	}
+	dst := unspecified(m.Body[0])
+	for kind, value := range attributes(m.Body[unix.SizeofRtMsg:]) {
+		if kind == unix.RTA_DST {
+			dst, _ = addrOf(m.Body[0], value)
+			break
+		}
+	}
+	return netip.PrefixFrom(dst, int(m.Body[1])), m.Body[5]
 }
 
 // DecodeRoute reads an RTM_NEWROUTE or RTM_DELROUTE; false for what is no unicast route: local, multicast, blackhole,
