@@ -7,8 +7,10 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 func prefixes(texts ...string) []netip.Prefix {
@@ -181,9 +183,38 @@ func TestValidateTellsAll(t *testing.T) {
 }
 
 func TestErrorsStayShortAndPrintable(t *testing.T) {
-	err := Config{Name: strings.Repeat("\n\x1b[2J", 1000)}.Validate()
-	if text := err.Error(); len(text) > 400 || strings.ContainsAny(text, "\n\x1b") {
-		t.Errorf("the error reads %q", text)
+	const bad = "ü\n\x1b[2J\u202e\xff"
+	long := strings.Repeat(bad, 1000)
+	section := func(key string, value any) error {
+		_, _, err := ConfigFromMap(Config{Networks: prefixes("10.0.0.1/24")}, map[string]any{key: value})
+		return err
+	}
+	gateway := func(fields map[string]any) error {
+		return section("unsafe_routes", []any{map[string]any{"route": "192.0.2.0/24", "via": []any{fields}}})
+	}
+	for _, err := range []error{
+		Config{Name: long}.Validate(),
+		Config{NetNS: "\x00" + long}.Validate(),
+		section("mtu", []any{"a\nb\x1b[31m"}),
+		section("mtu", []any{long}),
+		section("mtu", map[any]any{long: bad}),
+		section("mtu\nx", 1),
+		section(long, 1),
+		gateway(map[string]any{"gateway": "10.0.0.2", long: bad}),
+		gateway(map[string]any{"gateway": long}),
+		gateway(map[string]any{"gateway": "fe80::1%" + long}),
+		opError("adopt", "a\n\x1b[2J\u202e\xff", errors.Join(errors.New("one"), fmt.Errorf("descriptor 3 is of %s", bad))),
+	} {
+		lines := []error{err} // joined errors have a line each
+		if joined, ok := err.(interface{ Unwrap() []error }); ok {
+			lines = joined.Unwrap()
+		}
+		for _, line := range lines {
+			text := line.Error()
+			if len(text) > 600 || !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) {
+				t.Errorf("the error reads %q", text)
+			}
+		}
 	}
 }
 
