@@ -19,7 +19,9 @@ var (
 	ErrIPv6Disabled = errors.New("IPv6 is disabled on this device or host")
 )
 
-// OpError says what the kernel refused. Err holds the errno, for errors.Is: syscall.EPERM and EACCES are os.ErrPermission.
+// OpError says what was refused, by the kernel or by this package. The kernel's errno is in Err, for errors.Is: syscall.EPERM and
+// EACCES are os.ErrPermission. What this package refuses itself, as Pipe does packets, has none: Err then is errors.ErrUnsupported
+// or one of the errors above, or says in words what is wrong.
 type OpError struct {
 	Op     string // what was tried: "create", "set MTU", …
 	Device string // the device's name; "" where there is none yet
