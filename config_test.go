@@ -116,7 +116,7 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{Networks: v4, Routes: []Route{{Prefix: netip.MustParsePrefix("10.1.0.0/24"), Via: make([]Gateway, 1)}}}, "Routes[0].Via[0].Addr", `not an address`},
 		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.2.0.2")}}, "Routes[0].Via[0].Addr", `outside Networks`},
 		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.0.0.1")}}, "Routes[0].Via[0].Addr", `our own address`},
-		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.0.0.2", "10.0.0.2")}}, "Routes[0].Via[1].Addr", `the gateway Via[0] again`},
+		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.0.0.2", "10.0.0.2")}}, "Routes[0].Via[1].Addr", `the gateway of Routes[0].Via[0] again`},
 		{Config{Networks: v4, Routes: []Route{{
 			Prefix: netip.MustParsePrefix("10.1.0.0/24"), Via: []Gateway{{Addr: netip.MustParseAddr("10.0.0.2"), Weight: -1}},
 		}}}, "Routes[0].Via[0].Weight", `Weight: -1: want 1…2147483647`},
