@@ -55,7 +55,7 @@ func (v *validator) config(c *Config) {
 	v.number("Group", c.Group, 1, maxID, "a gid, or 0 for none")
 	v.protocol(c.Protocol)
 	if c.NoOffload&^(OffloadTCP|OffloadUDP) != 0 {
-		v.refuse("NoOffload", uint8(c.NoOffload), "unknown offload")
+		v.refuse("NoOffload", c.NoOffload, "unknown offload")
 	}
 	if strings.ContainsRune(c.NetNS, 0) {
 		v.refuse("NetNS", c.NetNS, "a path has no NUL")
@@ -108,7 +108,7 @@ func badName(name string) string {
 
 func (v *validator) mode(c *Config) {
 	if c.Mode > AttachOrCreate {
-		v.refuse("Mode", uint8(c.Mode), "unknown mode")
+		v.refuse("Mode", c.Mode, "unknown mode")
 		return
 	}
 	if c.Mode != Create && (c.Name == "" || strings.Contains(c.Name, "%")) {

@@ -6,6 +6,7 @@ import (
 	"math"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -67,7 +68,7 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{Name: "a%d%d"}, "Name", `one %d`},
 		{Config{Mode: Attach}, "Name", `"": attaching needs the name of a device`},
 		{Config{Mode: AttachOrCreate, Name: "tun%d"}, "Name", `attaching needs the name`},
-		{Config{Mode: 3, Name: "x"}, "Mode", `Mode: 3: unknown mode`},
+		{Config{Mode: 3, Name: "x"}, "Mode", `Mode: mode(3): unknown mode`},
 		{Config{MTU: 67}, "MTU", `MTU: 67: want 68…65535 bytes`},
 		{Config{MTU: 65536}, "MTU", `MTU: 65536: want 68…65535 bytes`},
 		{Config{MTU: -1}, "MTU", `MTU: -1: want`},
@@ -84,7 +85,7 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{Protocol: 256}, "Protocol", `want 5…255`},
 		{Config{Protocol: 2}, "Protocol", `the kernel and ip(8) mark their own`},
 		{Config{Protocol: 9}, "Protocol", `the kernel and ip(8) mark their own`},
-		{Config{NoOffload: 4}, "NoOffload", `NoOffload: 4: unknown offload`},
+		{Config{NoOffload: 4}, "NoOffload", `NoOffload: offload(4): unknown offload`},
 		{Config{NetNS: "a\x00b"}, "NetNS", `a path has no NUL`},
 
 		{Config{Networks: make([]netip.Prefix, 1)}, "Networks[0]", `not a prefix`},
@@ -169,6 +170,18 @@ func TestValidateAccepts(t *testing.T) {
 	} {
 		if err := config.Validate(); err != nil {
 			t.Errorf("Validate(%+v) = %v", config, err)
+		}
+	}
+}
+
+// A refused value has the type of its field, for who looks at it with errors.As.
+func TestConfigErrorValueIsTyped(t *testing.T) {
+	for field, config := range map[string]Config{
+		"Mode": {Mode: 3}, "NoOffload": {NoOffload: 4}, "MTU": {MTU: 1}, "Owner": {Owner: -1}, "Name": {Name: "all"}, "NetNS": {NetNS: "\x00"},
+	} {
+		want := reflect.ValueOf(config).FieldByName(field).Interface()
+		if c := new(ConfigError); !errors.As(config.Validate(), &c) || c.Field != field || c.Value != want {
+			t.Errorf("%s: got %s with %T, want the field's %T", field, c.Field, c.Value, want)
 		}
 	}
 }
