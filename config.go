@@ -83,7 +83,7 @@ func (v *validator) name(c *Config) {
 // badName says why the kernel refuses a name for a new interface: dev_valid_name and __dev_alloc_name in net/core/dev.c,
 // sysctl_dev_name_is_allowed in net/ipv4/devinet.c. Empty is fine: the kernel chooses.
 func badName(name string) string {
-	before, after, pattern := strings.Cut(name, "%")
+	_, after, pattern := strings.Cut(name, "%")
 	switch {
 	case len(name) > maxNameLen:
 		return "longer than 15 bytes"
@@ -95,8 +95,6 @@ func badName(name string) string {
 		return "has a slash, a colon or a NUL"
 	case pattern && (!strings.HasPrefix(after, "d") || strings.Contains(after, "%")):
 		return "may hold one %d and no other percent sign"
-	case pattern && len(before)+len(after) > maxNameLen:
-		return "leaves no room for the number of %d"
 	}
 	for _, b := range []byte(name) {
 		if b == ' ' || b >= '\t' && b <= '\r' || b == 0xa0 { // isspace in the kernel's Latin-1
