@@ -398,6 +398,7 @@ func TestAdoptConfig(t *testing.T) {
 		{"Queues", Config{Queues: 2}, []int{9999}},
 		{"Owner", Config{Owner: 1}, []int{9999}},
 		{"Group", Config{Group: 1}, []int{9999}},
+		{"Persist", Config{Persist: true}, []int{9999}},
 		{"Disabled", Config{Disabled: true}, []int{9999}},
 		{"MTU", Config{MTU: 1}, []int{9999}},
 	} {

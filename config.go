@@ -121,6 +121,9 @@ func (v *validator) mode(c *Config) {
 	if c.Group != 0 {
 		v.refuse("Group", c.Group, "an attached device keeps its group")
 	}
+	if c.Persist {
+		v.refuse("Persist", true, "an attached device keeps its persistence")
+	}
 }
 
 // protocol refuses the numbers by which the kernel and ip(8) mark their own objects: what is ours must be told from theirs.

@@ -81,6 +81,7 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{Group: -1}, "Group", `Group: -1: want 1…4294967294 a gid`},
 		{Config{Mode: Attach, Name: "x", Owner: 5}, "Owner", `an attached device keeps its owner`},
 		{Config{Mode: Attach, Name: "x", Group: 5}, "Group", `an attached device keeps its group`},
+		{Config{Mode: Attach, Name: "x", Persist: true}, "Persist", `an attached device keeps its persistence`},
 		{Config{Protocol: -1}, "Protocol", `Protocol: -1: want 5…255, or 0 for 111`},
 		{Config{Protocol: 256}, "Protocol", `want 5…255`},
 		{Config{Protocol: 2}, "Protocol", `the kernel and ip(8) mark their own`},
@@ -153,6 +154,7 @@ func TestValidateAccepts(t *testing.T) {
 		{MTU: 65535, TxQueueLen: 1 << 19, Queues: 256, Protocol: 255},
 		{MTU: 1279, Networks: prefixes("10.0.0.1/24")},
 		{Owner: 1000, Group: 1000, Persist: true},
+		{Name: "x", Mode: AttachOrCreate, Owner: 1000, Group: 1000, Persist: true},
 		{Networks: prefixes("10.0.0.0/24", "10.0.0.255/24", "fe80::1/64", "10.1.2.3/32", "fd00::1/128")},
 		{Networks: prefixes("10.0.0.1/24", "10.0.0.2/24")},
 		// An IPv6 route may be wider than the default, and one that is not installed needs no IPv6 at all.

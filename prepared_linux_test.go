@@ -162,7 +162,8 @@ func TestKilledRunIsSwept(t *testing.T) {
 	// Ours of an older version, which did things in another way.
 	l.ip("route add 10.11.0.0/16 via 10.42.0.9 dev p0 proto 111\nroute add 10.12.0.0/16 dev p0 proto 111 tos 8\nroute add fd11::/64 dev p0 proto 111 metric 5 table 77")
 
-	cfg.Mode, cfg.Networks, cfg.Routes = Attach, prefixes("10.42.0.2/24", "fd43::1/64"), []Route{{Prefix: netip.MustParsePrefix("10.10.0.0/16")}}
+	cfg.Mode, cfg.Persist = Attach, false
+	cfg.Networks, cfg.Routes = prefixes("10.42.0.2/24", "fd43::1/64"), []Route{{Prefix: netip.MustParsePrefix("10.10.0.0/16")}}
 	d := l.active(cfg)
 	l.want("addresses", l.addresses(d.index), "10.42.0.2/24 proto 111 noprefixroute", "10.42.0.9/24 proto 0 secondary",
 		"fd42::9/64 proto 110", "fd43::1/64 proto 111 noprefixroute")

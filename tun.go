@@ -83,7 +83,7 @@ type Config struct {
 	Group    int    // gid that may attach; 0: none
 	Mode     Mode   // 0: Create
 	NetNS    string // path of the network namespace; "": the caller's. Entering another needs CAP_SYS_ADMIN
-	Persist  bool   // outlive the descriptors
+	Persist  bool   // a new device outlives its descriptors
 	Disabled bool   // no kernel part at all: RoutesFor answers, reads wait for Close, writes are counted and dropped
 }
 
@@ -100,7 +100,8 @@ const DefaultProtocol = 111
 // Mode says which device New opens.
 type Mode uint8
 
-// The modes of New. An attached device keeps its owner, its group and its persistence.
+// The modes of New. An attached device keeps its owner, its group and its persistence: Attach and Adopt refuse to be asked for
+// any of them, with AttachOrCreate they are those of the device that it creates.
 const (
 	Create         Mode = iota // a new device; ErrBusy if the name is taken
 	Attach                     // a prepared, persistent device
