@@ -108,6 +108,12 @@ func TestTakeAddresses(t *testing.T) {
 	cfg.TakeAddresses = true
 	l.reload(d, cfg)
 	l.want("addresses taken", l.addresses(d.index), "10.42.0.1/24 proto 0", "fd42::1/64 proto 111 noprefixroute")
+
+	created := l.open(Config{Networks: prefixes("10.43.0.1/24"), TakeAddresses: true}) // so it is with what others add to a new one
+	l.must(created.Activate())
+	l.address(created.State().Name, "10.50.0.1/24", 0)
+	l.reload(created, Config{Networks: prefixes("10.43.0.1/24", "10.44.0.1/24"), TakeAddresses: true})
+	l.want("addresses of a new device", l.addresses(created.index), "10.43.0.1/24 proto 111 noprefixroute", "10.44.0.1/24 proto 111 noprefixroute")
 }
 
 // An address of another's in the way is named before anything is touched: IPv6 holds an address with one length only

@@ -73,7 +73,7 @@ type Config struct {
 	NoHeal        bool               // do not put back what others remove
 	NoFilter      bool               // let ICMP redirects and router advertisements from the overlay through WriteBatch and Write
 	Logger        logrus.FieldLogger // nil: silent; whatever matters is in Events, Stats and State too. Its hooks must not call the Device
-	TakeAddresses bool               // Attach: also remove addresses that are neither ours nor in Networks
+	TakeAddresses bool               // also remove addresses that are neither ours nor in Networks. A new device has none unless others add them
 
 	// The rest, and Protocol, is fixed for a Device's life: Reload refuses a change with ErrRestart.
 
