@@ -8,9 +8,9 @@ import (
 )
 
 // newIdle returns the device of Config.Disabled, for hosts that only relay. It has no kernel part: RoutesFor and NextHop answer,
-// reads wait for Close, writes are counted and dropped. cfg is valid.
+// reads wait for Close, writes are counted and dropped. The Name "" becomes disabled, and %d becomes 0. cfg is valid.
 func newIdle(cfg Config) Device {
-	d := newMemoryDevice(newWire(cfg), cfg.Name)
+	d := newMemoryDevice(newWire(cfg), memoryName(cfg.Name, "disabled"))
 	d.logTo(cfg.Logger)
 	d.up.Store(true) // nothing to bring up: writes succeed from the start
 	d.publish(d.wire.cfg.Load())

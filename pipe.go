@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"math"
@@ -40,11 +41,7 @@ func Pipe(cfg Config) (dev, host Device, err error) {
 	if cfg.Disabled {
 		return nil, nil, &ConfigError{Field: "Disabled", Value: true, Err: errors.New("a device that is none has no other end")}
 	}
-	name := strings.ReplaceAll(cfg.Name, "%d", "0")
-	if name == "" {
-		name = "pipe0"
-	}
-	w := newWire(cfg)
+	w, name := newWire(cfg), memoryName(cfg.Name, "pipe0")
 	d, h := newMemoryDevice(w, name), newMemoryDevice(w, name)
 	d.peer, h.peer = h, d
 	w.ends = []*memoryDevice{d, h}
@@ -53,6 +50,11 @@ func Pipe(cfg Config) (dev, host Device, err error) {
 	h.host = true
 	h.up.Store(true)
 	return d, h, nil
+}
+
+// memoryName is what becomes of Config.Name, where no kernel chooses.
+func memoryName(name, unnamed string) string {
+	return cmp.Or(strings.ReplaceAll(name, "%d", "0"), unnamed)
 }
 
 // wire is what the two ends of a Pipe share. An idle device has one for itself.

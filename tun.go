@@ -77,7 +77,7 @@ type Config struct {
 
 	// The rest, and Protocol, is fixed for a Device's life: Reload refuses a change with ErrRestart.
 
-	Name     string // up to 15 bytes; "": the kernel's choice; may hold one %d
+	Name     string // up to 15 bytes; "": the kernel's choice, or with Disabled "disabled"; may hold one %d
 	Queues   int    // 0: 1 (Adopt: as many as descriptors); at most 256
 	Owner    int    // uid that may attach; 0: the effective uid unless Group is set. With Group, both must match
 	Group    int    // gid that may attach; 0: none
