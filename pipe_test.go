@@ -448,6 +448,36 @@ func TestPipeConcurrently(t *testing.T) {
 	}
 }
 
+// A superpacket that is split is taken whole or not at all, whatever of the other end closes meanwhile: else the first of its
+// packets would be counted there, and by nobody here.
+func TestPipeSplitsAllOrNothing(t *testing.T) {
+	for _, queues := range []int{1, 3} {
+		for range 20 {
+			dev, host := openPipe(t, Config{Queues: queues, NoOffload: OffloadTCP})
+			super := Packet{superTCP4(20000), 10}
+			begun := make(chan bool, 1)
+			var all sync.WaitGroup
+			all.Go(func() {
+				for err := error(nil); err == nil; {
+					_, err = dev.Queues()[0].WriteBatch([]Packet{super})
+					select {
+					case begun <- true:
+					default:
+					}
+				}
+			})
+			<-begun
+			for _, q := range host.Queues() {
+				q.Close()
+			}
+			all.Wait()
+			if wrote, dropped := dev.Stats().WritePackets, host.Stats().ReadDropped; wrote != dropped {
+				t.Fatalf("%d queues: wrote %d, dropped %d", queues, wrote, dropped)
+			}
+		}
+	}
+}
+
 func TestPipeAllocs(t *testing.T) {
 	dev, host := openPipe(t, Config{NoOffload: OffloadUDP})
 	batch := []Packet{{Data: echo("one")}, {superTCP4(250), 100}, {superUDP6(250), 100}}
