@@ -2,9 +2,15 @@ package overlay
 
 import (
 	"errors"
+	"io"
 	"net/netip"
 	"os"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
 )
 
 func TestDisabled(t *testing.T) {
@@ -52,5 +58,55 @@ func TestDisabledName(t *testing.T) {
 		if got := dev.State().Name; got != want || !errors.As(err, &op) || op.Device != want {
 			t.Errorf("Name %q: got %q and the error %v, want %q", name, got, err, want)
 		}
+	}
+}
+
+// slowLog is a logger's hook that takes its time, and then looks whether the device is closed.
+type slowLog struct {
+	begun        chan bool
+	closed, late atomic.Bool
+}
+
+func (l *slowLog) Levels() []logrus.Level { return logrus.AllLevels }
+
+func (l *slowLog) Fire(*logrus.Entry) error {
+	l.begun <- true
+	time.Sleep(5 * time.Millisecond)
+	if l.closed.Load() {
+		l.late.Store(true)
+	}
+	return nil
+}
+
+// Once Close has returned nothing more is logged, whatever it was that had something to say.
+func TestPipeIsSilentAfterClose(t *testing.T) {
+	for what, call := range map[string]func(dev, host Device){
+		"Activate":         func(dev, _ Device) { dev.Activate() },
+		"Reload":           func(dev, _ Device) { dev.Reload(Config{MTU: 1400, Logger: dev.State().report.config.Logger}) },
+		"Close of host":    func(_, host Device) { host.Close() },
+		"Close of a queue": func(dev, _ Device) { dev.Queues()[0].Close() },
+	} {
+		hook := &slowLog{begun: make(chan bool, 9)}
+		log := logrus.New()
+		log.SetOutput(io.Discard)
+		log.AddHook(hook)
+		dev, host, err := Pipe(Config{Logger: log})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if what != "Activate" {
+			dev.Activate()
+			<-hook.begun
+		}
+		var all sync.WaitGroup
+		all.Go(func() { call(dev, host) })
+		<-hook.begun
+		dev.Close()
+		hook.closed.Store(true)
+		all.Wait()
+		if hook.late.Load() {
+			t.Errorf("%s: logged after Close", what)
+		}
+		host.Close()
 	}
 }
