@@ -48,7 +48,7 @@ func (a *attachment) inspect(i int, name *string) error {
 	fd, theirs := a.fds[i], a.adopted[i]
 	var stat unix.Stat_t
 	if err := unix.Fstat(fd, &stat); err != nil || !isNode(&stat) {
-		return errors.Join(fmt.Errorf("descriptor %d is of %w", theirs, errNotNode), err)
+		return errors.Join(fmt.Errorf("descriptor %d is %w", theirs, errNotNode), err)
 	}
 	mode, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
 	if err != nil || mode&unix.O_ACCMODE != unix.O_RDWR {

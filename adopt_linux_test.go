@@ -348,8 +348,8 @@ func TestAdoptRefuses(t *testing.T) {
 	}{
 		{"overlay: adopt: descriptor 9999: bad file descriptor", []int{9999}, Config{}, unix.EBADF},
 		{"adopt: descriptor 9999", []int{one, 9999}, Config{}, unix.EBADF},
-		{"is of not the TUN node", []int{node("/dev/null", unix.O_RDWR)}, Config{}, errNotNode},
-		{"is of not the TUN node", []int{node("/proc/self/exe", unix.O_RDONLY)}, Config{}, errNotNode},
+		{" is not the TUN node, which is character device 10:200", []int{node("/dev/null", unix.O_RDWR)}, Config{}, errNotNode},
+		{" is not the TUN node", []int{node("/proc/self/exe", unix.O_RDONLY)}, Config{}, errNotNode},
 		{"is not attached to a device", []int{node(nodePath, unix.O_RDWR)}, Config{}, unix.EBADFD},
 		{"is not attached to a device", []int{gone}, Config{}, unix.EBADFD},
 		{"is not open for reading and writing", []int{reader}, Config{}, nil},
@@ -398,6 +398,7 @@ func TestAdoptConfig(t *testing.T) {
 		{"Queues", Config{Queues: 2}, []int{9999}},
 		{"Owner", Config{Owner: 1}, []int{9999}},
 		{"Group", Config{Group: 1}, []int{9999}},
+		{"Persist", Config{Persist: true}, []int{9999}},
 		{"Disabled", Config{Disabled: true}, []int{9999}},
 		{"MTU", Config{MTU: 1}, []int{9999}},
 	} {

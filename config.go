@@ -24,7 +24,30 @@ const (
 // Validate returns every *ConfigError in c, joined; it makes no system call.
 func (c Config) Validate() error {
 	v := &validator{}
-	v.name(&c)
+	v.config(&c)
+	return errors.Join(v.errs...)
+}
+
+// validator collects what is wrong.
+type validator struct {
+	errs   []error
+	called func(field string) string // what the reader of the errors calls a field of Config; nil: by its path
+}
+
+func (v *validator) refuse(field string, value any, format string, args ...any) {
+	v.errs = append(v.errs, &ConfigError{Field: v.path(field), Value: value, Err: fmt.Errorf(format, args...)})
+}
+
+// path is for reasons that name a field, as refuse's own field is.
+func (v *validator) path(field string) string {
+	if v.called == nil {
+		return field
+	}
+	return v.called(field)
+}
+
+func (v *validator) config(c *Config) {
+	v.name(c)
 	v.number("MTU", c.MTU, minMTU, maxMTU, "bytes, or 0 for 1300")
 	v.number("TxQueueLen", c.TxQueueLen, 1, maxTxQueueLen, "packets, or 0 for 500")
 	v.number("Queues", c.Queues, 1, maxQueues, "queues, or 0 for 1")
@@ -32,24 +55,16 @@ func (c Config) Validate() error {
 	v.number("Group", c.Group, 1, maxID, "a gid, or 0 for none")
 	v.protocol(c.Protocol)
 	if c.NoOffload&^(OffloadTCP|OffloadUDP) != 0 {
-		v.refuse("NoOffload", uint8(c.NoOffload), "unknown offload")
+		v.refuse("NoOffload", c.NoOffload, "unknown offload")
 	}
 	if strings.ContainsRune(c.NetNS, 0) {
 		v.refuse("NetNS", c.NetNS, "a path has no NUL")
 	}
-	v.mode(&c)
+	v.mode(c)
 	v.networks(c.Networks)
-	v.routes(&c)
-	v.ipv6MTU(&c)
+	v.routes(c)
+	v.ipv6MTU(c)
 	v.systemRoutes(c.SystemRoutes)
-	return errors.Join(v.errs...)
-}
-
-// validator collects what is wrong.
-type validator struct{ errs []error }
-
-func (v *validator) refuse(field string, value any, format string, args ...any) {
-	v.errs = append(v.errs, &ConfigError{Field: field, Value: value, Err: fmt.Errorf(format, args...)})
 }
 
 // number takes 0 and lowest…highest.
@@ -68,7 +83,7 @@ func (v *validator) name(c *Config) {
 // badName says why the kernel refuses a name for a new interface: dev_valid_name and __dev_alloc_name in net/core/dev.c,
 // sysctl_dev_name_is_allowed in net/ipv4/devinet.c. Empty is fine: the kernel chooses.
 func badName(name string) string {
-	before, after, pattern := strings.Cut(name, "%")
+	_, after, pattern := strings.Cut(name, "%")
 	switch {
 	case len(name) > maxNameLen:
 		return "longer than 15 bytes"
@@ -80,8 +95,6 @@ func badName(name string) string {
 		return "has a slash, a colon or a NUL"
 	case pattern && (!strings.HasPrefix(after, "d") || strings.Contains(after, "%")):
 		return "may hold one %d and no other percent sign"
-	case pattern && len(before)+len(after) > maxNameLen:
-		return "leaves no room for the number of %d"
 	}
 	for _, b := range []byte(name) {
 		if b == ' ' || b >= '\t' && b <= '\r' || b == 0xa0 { // isspace in the kernel's Latin-1
@@ -93,7 +106,7 @@ func badName(name string) string {
 
 func (v *validator) mode(c *Config) {
 	if c.Mode > AttachOrCreate {
-		v.refuse("Mode", uint8(c.Mode), "unknown mode")
+		v.refuse("Mode", c.Mode, "unknown mode")
 		return
 	}
 	if c.Mode != Create && (c.Name == "" || strings.Contains(c.Name, "%")) {
@@ -107,6 +120,9 @@ func (v *validator) mode(c *Config) {
 	}
 	if c.Group != 0 {
 		v.refuse("Group", c.Group, "an attached device keeps its group")
+	}
+	if c.Persist {
+		v.refuse("Persist", true, "an attached device keeps its persistence")
 	}
 }
 
@@ -145,6 +161,9 @@ func (v *validator) networks(networks []netip.Prefix) {
 	}
 }
 
+func routeField(i int) string             { return fmt.Sprintf("Routes[%d]", i) }
+func viaField(route string, i int) string { return fmt.Sprintf("%s.Via[%d]", route, i) }
+
 func (v *validator) routes(c *Config) {
 	seen := make(map[kernel.RouteKey]int, len(c.Routes))
 	type preference struct {
@@ -154,13 +173,13 @@ func (v *validator) routes(c *Config) {
 	first := make(map[preference]int, len(c.Routes))
 	for i := range c.Routes {
 		r := &c.Routes[i]
-		field := fmt.Sprintf("Routes[%d]", i)
+		field := routeField(i)
 		if !v.route(c, r, field) {
 			continue
 		}
 		key := c.keyOf(r)
 		if j, ok := seen[key]; ok {
-			v.refuse(field, r.Prefix, "prefix, table and metric of Routes[%d] again", j)
+			v.refuse(field, r.Prefix, "prefix, table and metric of %s again", v.path(routeField(j)))
 			continue
 		}
 		seen[key] = i
@@ -168,7 +187,7 @@ func (v *validator) routes(c *Config) {
 		if j, ok := first[p]; !ok {
 			first[p] = i
 		} else if !slices.Equal(r.Via, c.Routes[j].Via) {
-			v.refuse(field+".Via", r.Via, "differs from Routes[%d], which has the same prefix and metric in another table", j)
+			v.refuse(field+".Via", r.Via, "differs from %s, which has the same prefix and metric in another table", v.path(routeField(j)))
 		}
 	}
 }
@@ -215,7 +234,7 @@ func (v *validator) gateways(c *Config, r *Route, field string) {
 	}
 	seen := make(map[netip.Addr]int, len(r.Via))
 	for i, gateway := range r.Via {
-		path := fmt.Sprintf("%s.Via[%d]", field, i)
+		path := viaField(field, i)
 		if gateway.Weight < 0 || gateway.Weight > math.MaxInt32 {
 			v.refuse(path+".Weight", gateway.Weight, "want 1…%d, or 0 for 1", math.MaxInt32)
 		}
@@ -233,7 +252,7 @@ func (v *validator) gateways(c *Config, r *Route, field string) {
 			v.refuse(path+".Addr", gateway.Addr, "our own address")
 		}
 		if j, ok := seen[gateway.Addr]; ok {
-			v.refuse(path+".Addr", gateway.Addr, "the gateway Via[%d] again", j)
+			v.refuse(path+".Addr", gateway.Addr, "the gateway of %s again", v.path(viaField(field, j)))
 		}
 		seen[gateway.Addr] = i
 	}
@@ -250,7 +269,7 @@ func (v *validator) ipv6MTU(c *Config) {
 	for i := range c.Routes {
 		r := &c.Routes[i]
 		if r.Prefix.IsValid() && r.Prefix.Addr().Is6() && !r.NoInstall && c.routeMTU(r) < minIPv6MTU {
-			v.refuse(fmt.Sprintf("Routes[%d].MTU", i), r.MTU, "IPv6 needs %d bytes, this route has %d", minIPv6MTU, c.routeMTU(r))
+			v.refuse(routeField(i)+".MTU", r.MTU, "IPv6 needs %d bytes, this route has %d", minIPv6MTU, c.routeMTU(r))
 		}
 	}
 }

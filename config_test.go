@@ -6,9 +6,12 @@ import (
 	"math"
 	"net/netip"
 	"os"
+	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 func prefixes(texts ...string) []netip.Prefix {
@@ -65,7 +68,7 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{Name: "a%d%d"}, "Name", `one %d`},
 		{Config{Mode: Attach}, "Name", `"": attaching needs the name of a device`},
 		{Config{Mode: AttachOrCreate, Name: "tun%d"}, "Name", `attaching needs the name`},
-		{Config{Mode: 3, Name: "x"}, "Mode", `Mode: 3: unknown mode`},
+		{Config{Mode: 3, Name: "x"}, "Mode", `Mode: mode(3): unknown mode`},
 		{Config{MTU: 67}, "MTU", `MTU: 67: want 68…65535 bytes`},
 		{Config{MTU: 65536}, "MTU", `MTU: 65536: want 68…65535 bytes`},
 		{Config{MTU: -1}, "MTU", `MTU: -1: want`},
@@ -78,11 +81,12 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{Group: -1}, "Group", `Group: -1: want 1…4294967294 a gid`},
 		{Config{Mode: Attach, Name: "x", Owner: 5}, "Owner", `an attached device keeps its owner`},
 		{Config{Mode: Attach, Name: "x", Group: 5}, "Group", `an attached device keeps its group`},
+		{Config{Mode: Attach, Name: "x", Persist: true}, "Persist", `an attached device keeps its persistence`},
 		{Config{Protocol: -1}, "Protocol", `Protocol: -1: want 5…255, or 0 for 111`},
 		{Config{Protocol: 256}, "Protocol", `want 5…255`},
 		{Config{Protocol: 2}, "Protocol", `the kernel and ip(8) mark their own`},
 		{Config{Protocol: 9}, "Protocol", `the kernel and ip(8) mark their own`},
-		{Config{NoOffload: 4}, "NoOffload", `NoOffload: 4: unknown offload`},
+		{Config{NoOffload: 4}, "NoOffload", `NoOffload: offload(4): unknown offload`},
 		{Config{NetNS: "a\x00b"}, "NetNS", `a path has no NUL`},
 
 		{Config{Networks: make([]netip.Prefix, 1)}, "Networks[0]", `not a prefix`},
@@ -114,7 +118,7 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{Networks: v4, Routes: []Route{{Prefix: netip.MustParsePrefix("10.1.0.0/24"), Via: make([]Gateway, 1)}}}, "Routes[0].Via[0].Addr", `not an address`},
 		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.2.0.2")}}, "Routes[0].Via[0].Addr", `outside Networks`},
 		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.0.0.1")}}, "Routes[0].Via[0].Addr", `our own address`},
-		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.0.0.2", "10.0.0.2")}}, "Routes[0].Via[1].Addr", `the gateway Via[0] again`},
+		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.0.0.2", "10.0.0.2")}}, "Routes[0].Via[1].Addr", `the gateway of Routes[0].Via[0] again`},
 		{Config{Networks: v4, Routes: []Route{{
 			Prefix: netip.MustParsePrefix("10.1.0.0/24"), Via: []Gateway{{Addr: netip.MustParseAddr("10.0.0.2"), Weight: -1}},
 		}}}, "Routes[0].Via[0].Weight", `Weight: -1: want 1…2147483647`},
@@ -150,6 +154,7 @@ func TestValidateAccepts(t *testing.T) {
 		{MTU: 65535, TxQueueLen: 1 << 19, Queues: 256, Protocol: 255},
 		{MTU: 1279, Networks: prefixes("10.0.0.1/24")},
 		{Owner: 1000, Group: 1000, Persist: true},
+		{Name: "x", Mode: AttachOrCreate, Owner: 1000, Group: 1000, Persist: true},
 		{Networks: prefixes("10.0.0.0/24", "10.0.0.255/24", "fe80::1/64", "10.1.2.3/32", "fd00::1/128")},
 		{Networks: prefixes("10.0.0.1/24", "10.0.0.2/24")},
 		// An IPv6 route may be wider than the default, and one that is not installed needs no IPv6 at all.
@@ -171,6 +176,18 @@ func TestValidateAccepts(t *testing.T) {
 	}
 }
 
+// A refused value has the type of its field, for who looks at it with errors.As.
+func TestConfigErrorValueIsTyped(t *testing.T) {
+	for field, config := range map[string]Config{
+		"Mode": {Mode: 3}, "NoOffload": {NoOffload: 4}, "MTU": {MTU: 1}, "Owner": {Owner: -1}, "Name": {Name: "all"}, "NetNS": {NetNS: "\x00"},
+	} {
+		want := reflect.ValueOf(config).FieldByName(field).Interface()
+		if c := new(ConfigError); !errors.As(config.Validate(), &c) || c.Field != field || c.Value != want {
+			t.Errorf("%s: got %s with %T, want the field's %T", field, c.Field, c.Value, want)
+		}
+	}
+}
+
 // All that is wrong is told at once.
 func TestValidateTellsAll(t *testing.T) {
 	c := Config{MTU: 1, Queues: 300, Networks: make([]netip.Prefix, 2), Routes: []Route{routeTo("10.0.0.1/8", "1.2.3.4")}}
@@ -181,9 +198,38 @@ func TestValidateTellsAll(t *testing.T) {
 }
 
 func TestErrorsStayShortAndPrintable(t *testing.T) {
-	err := Config{Name: strings.Repeat("\n\x1b[2J", 1000)}.Validate()
-	if text := err.Error(); len(text) > 400 || strings.ContainsAny(text, "\n\x1b") {
-		t.Errorf("the error reads %q", text)
+	const bad = "ü\n\x1b[2J\u202e\xff"
+	long := strings.Repeat(bad, 1000)
+	section := func(key string, value any) error {
+		_, _, err := ConfigFromMap(Config{Networks: prefixes("10.0.0.1/24")}, map[string]any{key: value})
+		return err
+	}
+	gateway := func(fields map[string]any) error {
+		return section("unsafe_routes", []any{map[string]any{"route": "192.0.2.0/24", "via": []any{fields}}})
+	}
+	for _, err := range []error{
+		Config{Name: long}.Validate(),
+		Config{NetNS: "\x00" + long}.Validate(),
+		section("mtu", []any{"a\nb\x1b[31m"}),
+		section("mtu", []any{long}),
+		section("mtu", map[any]any{long: bad}),
+		section("mtu\nx", 1),
+		section(long, 1),
+		gateway(map[string]any{"gateway": "10.0.0.2", long: bad}),
+		gateway(map[string]any{"gateway": long}),
+		gateway(map[string]any{"gateway": "fe80::1%" + long}),
+		opError("adopt", "a\n\x1b[2J\u202e\xff", errors.Join(errors.New("one"), fmt.Errorf("descriptor 3 is of %s", bad))),
+	} {
+		lines := []error{err} // joined errors have a line each
+		if joined, ok := err.(interface{ Unwrap() []error }); ok {
+			lines = joined.Unwrap()
+		}
+		for _, line := range lines {
+			text := line.Error()
+			if len(text) > 600 || !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }) {
+				t.Errorf("the error reads %q", text)
+			}
+		}
 	}
 }
 

@@ -175,19 +175,9 @@ func (m *mapping) via(path string, value any, r *Route) {
 
 // validate applies the rules of every Config, under the names that the section has for its fields.
 func (m *mapping) validate() {
-	var joined interface{ Unwrap() []error }
-	if !errors.As(m.cfg.Validate(), &joined) {
-		return
-	}
-	for _, err := range joined.Unwrap() {
-		var c *ConfigError
-		if errors.As(err, &c) {
-			renamed := *c
-			renamed.Field = m.rename(c.Field)
-			err = &renamed
-		}
-		m.errs = append(m.errs, err)
-	}
+	v := validator{called: m.rename}
+	v.config(&m.cfg)
+	m.errs = v.errs
 }
 
 // sectionNames translates the last parts of a field's path.

@@ -110,7 +110,10 @@ func TestConfigFromMapRefuses(t *testing.T) {
 		{`{"unsafe_routes": [{"route": "192.0.2.0/24", "via": "10.128.0.2", "install": 5}]}`, "tun.unsafe_routes[0].install", "want true or false"},
 		{`{"unsafe_routes": [{"route": "192.0.2.0/24", "via": [{"weight": 1}]}]}`, "tun.unsafe_routes[0].via[0].gateway", "missing"},
 		{`{"unsafe_routes": [{"route": "192.0.2.0/24", "via": [{"gateway": "10.128.0.2"}, {"gateway": "10.128.0.3", "weight": 0}]}]}`, "tun.unsafe_routes[0].via[1].weight", "want 1…2147483647"},
-		{`{"unsafe_routes": [{"route": "192.0.2.0/24", "via": "10.128.0.2"}, {"route": "192.0.2.0/24", "via": "10.128.0.2"}]}`, "tun.unsafe_routes[1]", "again"},
+		{`{"unsafe_routes": [{"route": "192.0.2.0/24", "via": "10.128.0.2"}, {"route": "192.0.2.0/24", "via": "10.128.0.2"}]}`, "tun.unsafe_routes[1]", "metric of tun.unsafe_routes[0] again"},
+		{`{"routes": [{"mtu": 500, "route": "10.128.1.0/24"}], "unsafe_routes": [{"route": "192.0.2.0/24", "via": "10.128.0.2"}, {"route": "192.0.2.0/24", "via": "10.128.0.2"}]}`, "tun.unsafe_routes[1]", "metric of tun.unsafe_routes[0] again"},
+		{`{"routes": [{"mtu": 500, "route": "10.128.1.0/24"}, {"mtu": 600, "route": "10.128.1.0/24"}]}`, "tun.routes[1]", "metric of tun.routes[0] again"},
+		{`{"unsafe_routes": [{"route": "192.0.2.0/24", "via": [{"gateway": "10.128.0.2"}, {"gateway": "10.128.0.2"}]}]}`, "tun.unsafe_routes[0].via[1].gateway", "the gateway of tun.unsafe_routes[0].via[0] again"},
 		{`{"unsafe_routes": [{"route": "0.0.0.0/0", "via": "10.128.0.2"}]}`, "tun.unsafe_routes[0].route", "takes over the host"},
 	} {
 		cfg, _, err := ConfigFromMap(nebulaBase, decodeJSON(t, []byte(test.section)))

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // Beside these, errors may be tested for os.ErrClosed, os.ErrPermission and errors.ErrUnsupported.
@@ -17,22 +19,25 @@ var (
 	ErrIPv6Disabled = errors.New("IPv6 is disabled on this device or host")
 )
 
-// OpError says what the kernel refused. Err holds the errno, for errors.Is: syscall.EPERM and EACCES are os.ErrPermission.
+// OpError says what was refused, by the kernel or by this package. The kernel's errno is in Err, for errors.Is: syscall.EPERM and
+// EACCES are os.ErrPermission. What this package refuses itself, as Pipe does packets, has none: Err then is errors.ErrUnsupported
+// or one of the errors above, or says in words what is wrong.
 type OpError struct {
 	Op     string // what was tried: "create", "set MTU", …
 	Device string // the device's name; "" where there is none yet
 	Err    error
 }
 
-// Error names the operation, the device, the cause and, for EPERM, the capability that the operation needs.
+// Error names the operation, the device, the cause and, for EPERM, the capability that the operation needs: one line of
+// printable text, whatever name the device has.
 func (e *OpError) Error() string {
 	var b strings.Builder
 	b.WriteString("overlay: ")
 	b.WriteString(e.Op)
 	if e.Device != "" {
-		b.WriteString(" " + e.Device)
+		b.WriteString(" " + word(e.Device))
 	}
-	b.WriteString(": " + e.Err.Error())
+	b.WriteString(": " + oneLine(e.Err.Error()))
 	return b.String()
 }
 
@@ -54,25 +59,33 @@ type ConfigError struct {
 	Err   error
 }
 
-// Error names field, value and reason.
+// Error names field, value and reason: one short line of printable text, whatever came from outside.
 func (e *ConfigError) Error() string {
-	return fmt.Sprintf("overlay: config: %s: %s: %v", e.Field, quoteValue(e.Value), e.Err)
+	return fmt.Sprintf("overlay: config: %s: %s: %s", printable(cut(e.Field)), quoteValue(e.Value), oneLine(e.Err.Error()))
 }
 
 // Unwrap returns the reason.
 func (e *ConfigError) Unwrap() error { return e.Err }
 
-// quoteValue keeps what came from outside on one short line of printable text.
+// quoteValue keeps a value on one short line.
 func quoteValue(v any) string {
-	const most = 64
-	s := fmt.Sprint(v)
-	if len(s) > most {
-		s = s[:most] + "…"
-	}
+	s := cut(fmt.Sprint(v))
 	if _, isString := v.(string); isString {
-		return fmt.Sprintf("%q", s)
+		return strconv.Quote(s)
 	}
-	return s
+	return printable(s)
+}
+
+// cut shortens what is too long for a line with other things in it.
+func cut(s string) string {
+	most := 64
+	if len(s) <= most {
+		return s
+	}
+	for most > 0 && !utf8.RuneStart(s[most]) {
+		most--
+	}
+	return s[:most] + "…"
 }
 
 // needs adds to a permission error which ability the caller lacks.

@@ -8,9 +8,9 @@ import (
 )
 
 // newIdle returns the device of Config.Disabled, for hosts that only relay. It has no kernel part: RoutesFor and NextHop answer,
-// reads wait for Close, writes are counted and dropped. cfg is valid.
+// reads wait for Close, writes are counted and dropped. The Name "" becomes disabled, and %d becomes 0. cfg is valid.
 func newIdle(cfg Config) Device {
-	d := newMemoryDevice(newWire(cfg), cfg.Name)
+	d := newMemoryDevice(newWire(cfg), memoryName(cfg.Name, "disabled"))
 	d.logTo(cfg.Logger)
 	d.up.Store(true) // nothing to bring up: writes succeed from the start
 	d.publish(d.wire.cfg.Load())
@@ -30,6 +30,7 @@ type memoryDevice struct {
 	up      atomic.Bool
 	closing atomic.Bool
 	mu      sync.Mutex // one of Activate, Reload, Close at a time
+	telling sync.Mutex // locked after mu; Close waits for it
 	once    sync.Once
 }
 
@@ -55,48 +56,53 @@ func (d *memoryDevice) alive() error {
 	return nil
 }
 
+// tell is notify, but for a device that is closed or being closed: to who asked for it the end is no news, and once Close
+// returns nothing more is logged.
+func (d *memoryDevice) tell(kind EventKind) {
+	d.telling.Lock()
+	defer d.telling.Unlock()
+	if !d.closing.Load() {
+		d.notify(Event{Kind: kind})
+	}
+}
+
 // Activate implements Device.
 func (d *memoryDevice) Activate() error {
 	d.mu.Lock()
-	err := d.alive()
-	raised := err == nil && !d.up.Swap(true)
-	d.mu.Unlock()
-	if raised {
-		d.notify(Event{Kind: EventUp})
+	defer d.mu.Unlock()
+	if err := d.alive(); err != nil {
+		return err
 	}
-	return err
+	if !d.up.Swap(true) {
+		d.tell(EventUp)
+	}
+	return nil
 }
 
 // Reload implements Device.
 func (d *memoryDevice) Reload(cfg Config) error {
-	resized, err := d.reload(cfg)
-	if resized {
-		d.notify(Event{Kind: EventChanged})
-	}
-	return err
-}
-
-// reload also says whether a link that was up got another MTU.
-func (d *memoryDevice) reload(cfg Config) (resized bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err := d.alive(); err != nil {
-		return false, err
+		return err
 	}
 	if d.host {
-		return false, opError("reload", d.name, errors.ErrUnsupported)
+		return opError("reload", d.name, errors.ErrUnsupported)
 	}
 	if err := cfg.Validate(); err != nil {
-		return false, err
+		return err
 	}
 	old := d.wire.cfg.Load()
 	if err := restart(old, &cfg); err != nil {
-		return false, err
+		return err
 	}
 	next := cfg.clone()
 	d.wire.cfg.Store(&next)
 	d.publish(&next)
-	return d.peer != nil && d.up.Load() && old.deviceMTU() != next.deviceMTU(), nil
+	if d.peer != nil && d.up.Load() && old.deviceMTU() != next.deviceMTU() {
+		d.tell(EventChanged)
+	}
+	return nil
 }
 
 // Close implements Device.
@@ -108,6 +114,8 @@ func (d *memoryDevice) Close() error {
 		for _, q := range d.queues {
 			q.Close() // the last one cuts the wire
 		}
+		d.telling.Lock() // waits for who tells
+		defer d.telling.Unlock()
 		d.events.close()
 	})
 	return nil
@@ -116,9 +124,7 @@ func (d *memoryDevice) Close() error {
 // lose tells an end that the link is gone, and wakes its readers. What the kernel was given it has; what it has not handed
 // over is lost with the link.
 func (d *memoryDevice) lose() {
-	if !d.closing.Load() { // its own end is no news to who asked for it
-		d.notify(Event{Kind: EventGone})
-	}
+	d.tell(EventGone)
 	for _, q := range d.queues {
 		q.wake()
 		if !d.host {

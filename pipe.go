@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"math"
@@ -40,11 +41,7 @@ func Pipe(cfg Config) (dev, host Device, err error) {
 	if cfg.Disabled {
 		return nil, nil, &ConfigError{Field: "Disabled", Value: true, Err: errors.New("a device that is none has no other end")}
 	}
-	name := strings.ReplaceAll(cfg.Name, "%d", "0")
-	if name == "" {
-		name = "pipe0"
-	}
-	w := newWire(cfg)
+	w, name := newWire(cfg), memoryName(cfg.Name, "pipe0")
 	d, h := newMemoryDevice(w, name), newMemoryDevice(w, name)
 	d.peer, h.peer = h, d
 	w.ends = []*memoryDevice{d, h}
@@ -53,6 +50,11 @@ func Pipe(cfg Config) (dev, host Device, err error) {
 	h.host = true
 	h.up.Store(true)
 	return d, h, nil
+}
+
+// memoryName is what becomes of Config.Name, where no kernel chooses.
+func memoryName(name, unnamed string) string {
+	return cmp.Or(strings.ReplaceAll(name, "%d", "0"), unnamed)
 }
 
 // wire is what the two ends of a Pipe share. An idle device has one for itself.
@@ -97,7 +99,7 @@ type memoryQueue struct {
 	waiting int // packets in backlog and taken that are not handed out
 
 	writeMu sync.Mutex // so do writes
-	segment []byte     // scratch for splitting superpackets
+	split   batch      // the packets of the superpacket that is written, where it may not go whole
 }
 
 func (q *memoryQueue) sealed() {}
@@ -184,23 +186,22 @@ func (q *memoryQueue) await(most int) ([]Packet, error) {
 	return nil, os.ErrClosed
 }
 
-// put copies a packet from the other end into the backlog, or drops it; false if the queue is closed.
-func (q *memoryQueue) put(p Packet) bool {
+// put copies packets from the other end into the backlog, or drops them; false, and none of them, if the queue is closed.
+func (q *memoryQueue) put(packets []Packet) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed.Load() {
 		return false
 	}
-	room := q.device.wire.cfg.Load().TxQueueLen
-	if room == 0 {
-		room = defaultTxQueueLen
+	room := cmp.Or(q.device.wire.cfg.Load().TxQueueLen, defaultTxQueueLen)
+	for _, p := range packets {
+		if !q.device.up.Load() || q.waiting >= room {
+			q.dropped(p)
+			continue
+		}
+		q.backlog.add(p)
+		q.waiting++
 	}
-	if !q.device.up.Load() || q.waiting >= room {
-		q.dropped(p)
-		return true
-	}
-	q.backlog.add(p)
-	q.waiting++
 	q.arrived.Signal()
 	return true
 }
@@ -296,18 +297,14 @@ func (d *memoryDevice) flaw(p Packet) error {
 	return nil
 }
 
-// deliver hands a packet to the other end, split if its offload may not be used; false if that end is closed.
+// deliver hands a packet to the other end, split if its offload may not be used: all of it or, if that end is closed, nothing
+// and false.
 func (q *memoryQueue) deliver(p Packet, cfg *Config) bool {
 	if p.SegmentSize == 0 || cfg.NoOffload&offloadOf(p.Data) == 0 {
-		return q.hand(p)
+		return q.hand([]Packet{p})
 	}
-	for i := range p.Segments() {
-		q.segment = p.AppendSegment(q.segment[:0], i)
-		if !q.hand(Packet{Data: q.segment}) {
-			return false
-		}
-	}
-	return true
+	q.split.split(p)
+	return q.hand(q.split.packets)
 }
 
 // offloadOf returns the offload that a well-formed superpacket, which is TCP or UDP, belongs to.
@@ -324,13 +321,13 @@ func offloadOf(packet []byte) Offload {
 
 // hand tries the other end's queue of the same number first, then the ones after it: the flows of a closed queue move
 // (kernel.md V18).
-func (q *memoryQueue) hand(p Packet) bool {
+func (q *memoryQueue) hand(packets []Packet) bool {
 	peer := q.device.peer
 	if peer == nil {
 		return true
 	}
 	for i := range peer.queues {
-		if peer.queues[(q.index+i)%len(peer.queues)].put(p) {
+		if peer.queues[(q.index+i)%len(peer.queues)].put(packets) {
 			return true
 		}
 	}
@@ -344,7 +341,7 @@ func (q *memoryQueue) Close() error {
 		q.wake()
 		q.discard()
 		q.writeMu.Lock() // waits for who writes
-		q.segment = nil
+		q.split = batch{}
 		q.writeMu.Unlock()
 		if q.device.open.Add(-1) == 0 && q.device.peer != nil {
 			q.device.wire.cut() // nobody holds the link any more

@@ -406,38 +406,6 @@ func TestPipeConfig(t *testing.T) {
 	wantError(t, "File", err, errors.ErrUnsupported)
 }
 
-func TestDisabled(t *testing.T) {
-	checkGoroutines(t)
-	dev, err := New(Config{Disabled: true, Queues: 2, Networks: prefixes("10.0.0.1/24")})
-	if err != nil {
-		t.Fatal(err)
-	}
-	parked := make(chan error, 2)
-	for _, q := range dev.Queues() {
-		go func() { _, err := q.ReadBatch(); parked <- err }()
-	}
-	wantError(t, "Activate", dev.Activate(), nil)
-	write(t, dev.Queues()[1], Packet{Data: echo("")}, Packet{superTCP4(250), 100})
-	wantStats(t, dev, Stats{WritePackets: 4, WriteBytes: 24 + 290, WriteSuper: 1})
-	if s := dev.State(); s.Index != 0 || s.Up || s.Offload != 0 {
-		t.Errorf("got %v", s)
-	}
-	if hop, ok := dev.NextHop(echo(""), nil); !ok || hop.String() != "10.0.0.2" {
-		t.Errorf("got %v, %v, want the destination, which is on-link", hop, ok)
-	}
-	wantError(t, "Reload of a fixed field", dev.Reload(Config{Queues: 2}), ErrRestart)
-	wantError(t, "Reload", dev.Reload(Config{Queues: 2, Disabled: true}), nil)
-	if _, ok := dev.RoutesFor(netip.MustParseAddr("10.0.0.2")); ok {
-		t.Error("the old network is still in force")
-	}
-	dev.Queues()[1].Close()
-	wantError(t, "a read of the closed queue", <-parked, os.ErrClosed)
-	dev.Close()
-	wantError(t, "a parked read", <-parked, os.ErrClosed)
-	wantEvents(t, dev)
-	wantEnded(t, dev, os.ErrClosed)
-}
-
 // What a writer was told is taken is read or counted as dropped, whoever closes what meanwhile.
 func TestPipeConcurrently(t *testing.T) {
 	checkGoroutines(t)
@@ -475,6 +443,36 @@ func TestPipeConcurrently(t *testing.T) {
 		for _, s := range [][2]Stats{{dev.Stats(), host.Stats()}, {host.Stats(), dev.Stats()}} {
 			if s[0].WritePackets != s[1].ReadPackets+s[1].ReadDropped {
 				t.Fatalf("round %d: wrote %d, read %d, dropped %d", round, s[0].WritePackets, s[1].ReadPackets, s[1].ReadDropped)
+			}
+		}
+	}
+}
+
+// A superpacket that is split is taken whole or not at all, whatever of the other end closes meanwhile: else the first of its
+// packets would be counted there, and by nobody here.
+func TestPipeSplitsAllOrNothing(t *testing.T) {
+	for _, queues := range []int{1, 3} {
+		for range 20 {
+			dev, host := openPipe(t, Config{Queues: queues, NoOffload: OffloadTCP})
+			super := Packet{superTCP4(20000), 10}
+			begun := make(chan bool, 1)
+			var all sync.WaitGroup
+			all.Go(func() {
+				for err := error(nil); err == nil; {
+					_, err = dev.Queues()[0].WriteBatch([]Packet{super})
+					select {
+					case begun <- true:
+					default:
+					}
+				}
+			})
+			<-begun
+			for _, q := range host.Queues() {
+				q.Close()
+			}
+			all.Wait()
+			if wrote, dropped := dev.Stats().WritePackets, host.Stats().ReadDropped; wrote != dropped {
+				t.Fatalf("%d queues: wrote %d, dropped %d", queues, wrote, dropped)
 			}
 		}
 	}

@@ -108,6 +108,12 @@ func TestTakeAddresses(t *testing.T) {
 	cfg.TakeAddresses = true
 	l.reload(d, cfg)
 	l.want("addresses taken", l.addresses(d.index), "10.42.0.1/24 proto 0", "fd42::1/64 proto 111 noprefixroute")
+
+	created := l.open(Config{Networks: prefixes("10.43.0.1/24"), TakeAddresses: true}) // so it is with what others add to a new one
+	l.must(created.Activate())
+	l.address(created.State().Name, "10.50.0.1/24", 0)
+	l.reload(created, Config{Networks: prefixes("10.43.0.1/24", "10.44.0.1/24"), TakeAddresses: true})
+	l.want("addresses of a new device", l.addresses(created.index), "10.43.0.1/24 proto 111 noprefixroute", "10.44.0.1/24 proto 111 noprefixroute")
 }
 
 // An address of another's in the way is named before anything is touched: IPv6 holds an address with one length only
@@ -162,7 +168,8 @@ func TestKilledRunIsSwept(t *testing.T) {
 	// Ours of an older version, which did things in another way.
 	l.ip("route add 10.11.0.0/16 via 10.42.0.9 dev p0 proto 111\nroute add 10.12.0.0/16 dev p0 proto 111 tos 8\nroute add fd11::/64 dev p0 proto 111 metric 5 table 77")
 
-	cfg.Mode, cfg.Networks, cfg.Routes = Attach, prefixes("10.42.0.2/24", "fd43::1/64"), []Route{{Prefix: netip.MustParsePrefix("10.10.0.0/16")}}
+	cfg.Mode, cfg.Persist = Attach, false
+	cfg.Networks, cfg.Routes = prefixes("10.42.0.2/24", "fd43::1/64"), []Route{{Prefix: netip.MustParsePrefix("10.10.0.0/16")}}
 	d := l.active(cfg)
 	l.want("addresses", l.addresses(d.index), "10.42.0.2/24 proto 111 noprefixroute", "10.42.0.9/24 proto 0 secondary",
 		"fd42::9/64 proto 110", "fd43::1/64 proto 111 noprefixroute")

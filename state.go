@@ -36,15 +36,15 @@ func (e Event) String() string {
 }
 
 // oneLine joins the lines of joined errors, and shows what no terminal or log should be sent: names come from the kernel.
-func oneLine(s string) string {
+func oneLine(s string) string { return printable(strings.ReplaceAll(s, "\n", "; ")) }
+
+// printable shows what does not print as a Go escape sequence.
+func printable(s string) string {
 	var b strings.Builder
 	for _, r := range s {
-		switch {
-		case r == '\n':
-			b.WriteString("; ")
-		case strconv.IsPrint(r):
+		if strconv.IsPrint(r) {
 			b.WriteRune(r)
-		default:
+		} else {
 			b.WriteString(strings.Trim(strconv.QuoteRuneToASCII(r), "'"))
 		}
 	}

@@ -73,17 +73,17 @@ type Config struct {
 	NoHeal        bool               // do not put back what others remove
 	NoFilter      bool               // let ICMP redirects and router advertisements from the overlay through WriteBatch and Write
 	Logger        logrus.FieldLogger // nil: silent; whatever matters is in Events, Stats and State too. Its hooks must not call the Device
-	TakeAddresses bool               // Attach: also remove addresses that are neither ours nor in Networks
+	TakeAddresses bool               // also remove addresses that are neither ours nor in Networks. A new device has none unless others add them
 
 	// The rest, and Protocol, is fixed for a Device's life: Reload refuses a change with ErrRestart.
 
-	Name     string // up to 15 bytes; "": the kernel's choice; may hold one %d
+	Name     string // up to 15 bytes; "": the kernel's choice, or with Disabled "disabled"; may hold one %d
 	Queues   int    // 0: 1 (Adopt: as many as descriptors); at most 256
 	Owner    int    // uid that may attach; 0: the effective uid unless Group is set. With Group, both must match
 	Group    int    // gid that may attach; 0: none
 	Mode     Mode   // 0: Create
 	NetNS    string // path of the network namespace; "": the caller's. Entering another needs CAP_SYS_ADMIN
-	Persist  bool   // outlive the descriptors
+	Persist  bool   // a new device outlives its descriptors
 	Disabled bool   // no kernel part at all: RoutesFor answers, reads wait for Close, writes are counted and dropped
 }
 
@@ -100,7 +100,8 @@ const DefaultProtocol = 111
 // Mode says which device New opens.
 type Mode uint8
 
-// The modes of New. An attached device keeps its owner, its group and its persistence.
+// The modes of New. An attached device keeps its owner, its group and its persistence: Attach and Adopt refuse to be asked for
+// any of them, with AttachOrCreate they are those of the device that it creates.
 const (
 	Create         Mode = iota // a new device; ErrBusy if the name is taken
 	Attach                     // a prepared, persistent device

@@ -53,6 +53,9 @@ func adoptable(cfg *Config, fds []int) error {
 	if cfg.Group != 0 {
 		v.refuse("Group", cfg.Group, "an adopted device keeps its group")
 	}
+	if cfg.Persist {
+		v.refuse("Persist", true, "an adopted device keeps its persistence")
+	}
 	if len(fds) == 0 || cfg.Queues != 0 && cfg.Queues != len(fds) {
 		v.refuse("Queues", cfg.Queues, "there are %d descriptors", len(fds))
 	}
