@@ -321,7 +321,11 @@ func TestIPv6Disabled(t *testing.T) {
 	// With an MTU below 1280 the device has no settings that tell: the default does, by which they would be made.
 	l.ip("link set tun0 mtu 1000")
 	wantUntouched("disabled by default")
+	// The address that the kernel is to make needs it too.
+	l.reload(d, Config{Networks: prefixes("10.42.0.1/24"), LinkLocal: true})
+	wantUntouched("link-local, disabled by default")
 	l.ip("link set tun0 mtu 1500")
+	wantUntouched("link-local")
 	l.reload(d, Config{Networks: prefixes("10.42.0.1/24")})
 	l.must(d.Activate())
 	l.want("addresses", l.addresses(d.index), "10.42.0.1/24 proto 111 noprefixroute")
@@ -335,6 +339,28 @@ func TestIPv6Disabled(t *testing.T) {
 	l.want("routes", l.routes(d.index),
 		"10.42.0.0/24 table 254 metric 0 proto 111 mtu 1300 mss 1260 src 10.42.0.1",
 		"fd42::/64 table 254 metric 256 proto 111 mtu 1300 mss 1240")
+}
+
+// An fe80:: address that was asked for is part of the Config: where somebody disables IPv6 and it goes, healing is patient, and an
+// equal Reload does not say that all is well.
+func TestLinkLocalIsMissed(t *testing.T) {
+	l := newLab(t)
+	cfg := Config{LinkLocal: true}
+	d := l.active(cfg)
+	var looks atomic.Int32
+	meddle(d, func(m *meddler) { m.before = func(int, rtnl.Message) { looks.Add(1) } })
+	l.setSysctl("ipv6/conf/tun0/disable_ipv6", "1")
+	l.await("a look at it", func() bool { return looks.Load() > 0 })
+	cfg.NetNS = l.ns.Path()
+	if err := d.Reload(cfg); !errors.Is(err, ErrIPv6Disabled) {
+		t.Errorf("Reload: %v", err)
+	}
+	l.noEvent(d, EventDegraded)
+	l.setSysctl("ipv6/conf/tun0/disable_ipv6", "0")
+	l.must(d.Reload(cfg))
+	if got := l.addresses(d.index); len(got) != 1 {
+		t.Errorf("addresses %v, want the kernel's", got)
+	}
 }
 
 // An MTU that IPv6 cannot live with is refused before any system call (kernel.md U15, B7).

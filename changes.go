@@ -102,7 +102,7 @@ func (c routeChanges) planChanges(old, next *Config, link int) (steps []step, wa
 		}
 		return keys[k]
 	}
-	return planRoutes(have, &want, taken), want
+	return planRoutes(&observed{routes: have}, &want, taken), want
 }
 
 // allKeys are those of the routes of both.

@@ -260,6 +260,9 @@ func (v *validator) gateways(c *Config, r *Route, field string) {
 
 // ipv6MTU refuses what the kernel would answer by taking IPv6 off the device (kernel.md U15).
 func (v *validator) ipv6MTU(c *Config) {
+	if mtu := c.deviceMTU(); c.LinkLocal && mtu < minIPv6MTU {
+		v.refuse("LinkLocal", true, "IPv6 needs %d bytes, the device has %d", minIPv6MTU, mtu)
+	}
 	for i, network := range c.Networks {
 		if network.IsValid() && network.Addr().Is6() && c.mtuOf() < minIPv6MTU {
 			v.refuse("MTU", c.MTU, "Networks[%d] is IPv6, which needs %d bytes", i, minIPv6MTU)

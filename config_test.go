@@ -73,6 +73,7 @@ func TestValidateRefuses(t *testing.T) {
 		{Config{MTU: 65536}, "MTU", `MTU: 65536: want 68…65535 bytes`},
 		{Config{MTU: -1}, "MTU", `MTU: -1: want`},
 		{Config{MTU: 1279, Networks: prefixes("fd00::1/64")}, "MTU", `Networks[0] is IPv6, which needs 1280 bytes`},
+		{Config{MTU: 1279, LinkLocal: true}, "LinkLocal", `LinkLocal: true: IPv6 needs 1280 bytes, the device has 1279`},
 		{Config{TxQueueLen: -1}, "TxQueueLen", `TxQueueLen: -1: want 1…524288 packets`},
 		{Config{TxQueueLen: 1<<19 + 1}, "TxQueueLen", `want 1…524288 packets`},
 		{Config{Queues: -1}, "Queues", `Queues: -1: want 1…256 queues`},
@@ -160,6 +161,7 @@ func TestValidateAccepts(t *testing.T) {
 		// An IPv6 route may be wider than the default, and one that is not installed needs no IPv6 at all.
 		{MTU: 1000, Routes: []Route{{Prefix: netip.MustParsePrefix("fd00::/64"), MTU: 1400}}},
 		{MTU: 1000, Routes: []Route{{Prefix: netip.MustParsePrefix("fd00::/64"), NoInstall: true}}},
+		{MTU: 1000, LinkLocal: true, Routes: []Route{{Prefix: netip.MustParsePrefix("10.0.0.0/24"), MTU: 1280}}},
 		{Routes: []Route{{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Table: 254}, {Prefix: netip.MustParsePrefix("::/0"), Metric: 5}}},
 		{Routes: []Route{{Prefix: netip.MustParsePrefix("0.0.0.0/0"), Table: 77}, {Prefix: netip.MustParsePrefix("::/0"), NoInstall: true}}},
 		{Networks: prefixes("10.0.0.1/24"), Routes: []Route{{Prefix: netip.MustParsePrefix("fd00::/64"), Via: weights}}},

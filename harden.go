@@ -63,7 +63,9 @@ func planHardening(link *kernel.Link, want *desired, promotes bool) []step {
 	var steps []step
 	for _, h := range hardened {
 		is := h.of(link)
-		if is == nil || h.name.isIPv6() && want.mtu < minIPv6MTU {
+		// Below 1280 bytes IPv6 goes, but last of all, after the link is up: no address may come of it until then.
+		goes := h.name.isIPv6() && want.mtu < minIPv6MTU && h.name != settingIPv6AddrGen
+		if is == nil || goes {
 			continue
 		}
 		s := step{kind: stepSetting, setting: h.name, to: h.wanted, from: *is, optional: true}

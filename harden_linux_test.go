@@ -79,6 +79,33 @@ func TestLinkLocal(t *testing.T) {
 	l.want("addresses", l.addresses(d.index), "fe80::7/64 proto 0")
 }
 
+// A device too small for IPv6 gets there last, when it is up: until then, too, the kernel makes no address and sends nothing into the
+// overlay, neither a Router Solicitation nor a report of groups, however long that takes (design.md law 11).
+func TestSmallDeviceIsSilent(t *testing.T) {
+	l := newLab(t)
+	d := l.open(Config{MTU: 1000, Networks: prefixes("10.42.0.1/24")})
+	shrunk := false
+	m, _ := meddle(d)
+	m.before = func(_ int, r rtnl.Message) {
+		if r.Type == unix.RTM_SETLINK && attributesOf(r.Body[unix.SizeofIfInfomsg:])[unix.IFLA_MTU] != nil {
+			l.ready(d)
+			shrunk = true
+			l.want("addresses before the MTU shrinks", l.addresses(d.index), "10.42.0.1/24 proto 111 noprefixroute")
+		}
+	}
+	l.must(d.Activate())
+	if !shrunk {
+		t.Error("the MTU did not shrink last")
+	}
+	l.ip("route add 10.9.0.0/16 dev " + d.State().Name)
+	sendFlows(t, l.ns, netip.MustParseAddrPort("10.9.0.1:9"), 1)
+	b := make([]byte, maxPacket)
+	if n, err := d.queues[0].Read(b); err != nil || b[0]>>4 != 4 {
+		t.Errorf("the first packet is %x, %v; want that of the test", b[:n], err)
+	}
+	l.noEvent(d, EventDegraded)
+}
+
 // A router advertisement and redirects that reach the kernel through the device have no effect; on an ordinary device they
 // do (kernel.md S2, V8).
 func TestInjectedPacketsHaveNoEffect(t *testing.T) {

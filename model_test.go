@@ -217,8 +217,13 @@ func (m *model) delAddr(a kernel.Addr) error {
 	}
 	a = m.addresses[i]
 	m.addresses = slices.Delete(m.addresses, i, i+1)
-	if !a.Secondary && !a.NoPrefixRoute {
-		_ = m.delRoute(step{route: kernel.Route{RouteKey: connectedKey(networkOf(a)), Protocol: kernel.ProtoKernel, Link: modelLink}})
+	shared := a.Prefix.Addr().Is6() && slices.ContainsFunc(m.addresses, func(h kernel.Addr) bool { return networkOf(h) == networkOf(a) })
+	if !a.Secondary && !a.NoPrefixRoute && !shared {
+		r := kernel.Route{RouteKey: connectedKey(networkOf(a)), Protocol: kernel.ProtoKernel, Link: modelLink}
+		if a.Prefix.Addr().Is4() {
+			r.Source = a.Prefix.Addr()
+		}
+		_ = m.delRoute(step{route: r, exact: true})
 	}
 	if a.Prefix.Addr().Is6() {
 		return nil

@@ -111,7 +111,7 @@ func plan(have *observed, want *desired) []step {
 	if !have.link.Up {
 		steps = append(steps, step{kind: stepUp, to: 1})
 	}
-	steps = append(steps, planRoutes(have.routes, want, nil)...)
+	steps = append(steps, planRoutes(have, want, nil)...)
 	steps = append(steps, gone...)
 	if mtu.from > mtu.to {
 		steps = append(steps, mtu)
@@ -239,9 +239,9 @@ func companion(a kernel.Addr, protocol uint8) kernel.Addr {
 
 // planRoutes adds what is missing, exchanges what differs, and removes what is ours and stale. others, if not nil, says which
 // keys are in use beside those of have and want.
-func planRoutes(have []kernel.Route, want *desired, others func(kernel.RouteKey) bool) []step {
-	held := make(map[kernel.RouteKey][]kernel.Route, len(have))
-	for _, r := range have {
+func planRoutes(have *observed, want *desired, others func(kernel.RouteKey) bool) []step {
+	held := make(map[kernel.RouteKey][]kernel.Route, len(have.routes))
+	for _, r := range have.routes {
 		held[r.RouteKey] = append(held[r.RouteKey], r)
 	}
 	wanted := make(map[kernel.RouteKey]bool, len(want.routes))
@@ -252,11 +252,14 @@ func planRoutes(have []kernel.Route, want *desired, others func(kernel.RouteKey)
 	taken := func(k kernel.RouteKey) bool {
 		return wanted[k] || held[k] != nil || spares[k] || others != nil && others(k)
 	}
-	x := exchange{spares: spares, in: make([]kernel.Route, 0, max(len(want.routes)-len(have), 0))}
+	x := exchange{
+		addresses: have.addresses, spares: spares,
+		in: make([]kernel.Route, 0, max(len(want.routes)-len(have.routes), 0)),
+	}
 	for _, r := range want.routes {
 		x.plan(held[r.RouteKey], r, want, taken)
 	}
-	for _, r := range have {
+	for _, r := range have.routes {
 		if r.Protocol == want.protocol && !wanted[r.RouteKey] {
 			x.out = append(x.out, r)
 		}
@@ -267,6 +270,7 @@ func planRoutes(have []kernel.Route, want *desired, others func(kernel.RouteKey)
 // exchange collects routes that come, those that go then, those that come in their place, and those that stood in for them.
 type exchange struct {
 	in, out, then, end []kernel.Route
+	addresses          []kernel.Addr            // that the device has
 	spares             map[kernel.RouteKey]bool // keys of those that stand in
 }
 
@@ -285,7 +289,7 @@ func (x *exchange) steps() []step {
 }
 
 // plan brings one key in order. Whoever's route comes first there and does what r shall do, does. Else ours takes its
-// place, before the kernel's own prefix route for a network of ours and behind a stranger's, which stays (kernel.md V11, V12).
+// place, before the kernel's prefix route for an address of ours and behind a stranger's, which stays (kernel.md V11, V12).
 func (x *exchange) plan(held []kernel.Route, r kernel.Route, want *desired, taken func(kernel.RouteKey) bool) {
 	var ours, kernels []kernel.Route
 	right := len(held) > 0 && want.does(held[0], r) // the first is the one that the kernel uses
@@ -293,7 +297,7 @@ func (x *exchange) plan(held []kernel.Route, r kernel.Route, want *desired, take
 		switch {
 		case h.Protocol == want.protocol:
 			ours = append(ours, h)
-		case h.Protocol == kernel.ProtoKernel && want.isConnected(r.RouteKey):
+		case h.Protocol == kernel.ProtoKernel && want.caused(h, x.addresses):
 			kernels = append(kernels, h)
 		}
 	}
@@ -334,9 +338,15 @@ func spareKey(key kernel.RouteKey, taken func(kernel.RouteKey) bool) kernel.Rout
 	return spare
 }
 
-// isConnected says whether key is the route to a network of ours.
-func (d *desired) isConnected(key kernel.RouteKey) bool {
-	return slices.ContainsFunc(d.addresses, func(a kernel.Addr) bool { return connectedKey(a.Prefix) == key })
+// caused says whether h, of the kernel, is the prefix route of an address of ours, and of nobody else's: his would not answer any
+// more once ours in its place is gone. In IPv4 the source tells; in IPv6 all addresses of a network share one route.
+func (d *desired) caused(h kernel.Route, addresses []kernel.Addr) bool {
+	ours := slices.ContainsFunc(d.addresses, func(a kernel.Addr) bool {
+		return connectedKey(a.Prefix) == h.RouteKey && (a.Prefix.Addr() == h.Source || a.Prefix.Addr().Is6())
+	})
+	return ours && (h.Prefix.Addr().Is4() || !slices.ContainsFunc(addresses, func(a kernel.Addr) bool {
+		return connectedKey(networkOf(a)) == h.RouteKey && !a.NoPrefixRoute && !d.names(a) && !removable(a, d)
+	}))
 }
 
 // does says whether have does what want asks. Another's, such as the kernel's own prefix route, does without our attributes

@@ -187,7 +187,7 @@ const rehearsalRounds = 4 // as many as converge has
 func (r *rehearsal) mayDo(s step) error {
 	switch {
 	case s.kind == stepDelAddr && !removable(s.addr, r.want),
-		s.kind == stepDelRoute && s.route.Protocol != planProtocol && !(s.route.Protocol == kernel.ProtoKernel && r.want.isConnected(s.route.RouteKey)),
+		s.kind == stepDelRoute && s.route.Protocol != planProtocol && (s.route.Protocol != kernel.ProtoKernel || r.leadsToStranger(s.route)),
 		(s.kind == stepAddRoute || s.kind == stepDelRoute) && s.route.Link != modelLink,
 		s.kind == stepAddRoute && s.route.Protocol != planProtocol, s.kind == stepAddAddr && s.addr.Protocol != planProtocol:
 		return fmt.Errorf("%v is not ours to do", s)
@@ -242,12 +242,23 @@ func (r *rehearsal) foreignStays() error {
 			}
 			return o == h
 		}
+		if r.leadsToStranger(h) && !slices.ContainsFunc(is.routes, same) {
+			return fmt.Errorf("the kernel's route %s to another's address is gone", routeText(h))
+		}
 		lost := h.Source.IsValid() && !slices.ContainsFunc(is.addresses, func(a kernel.Addr) bool { return a.Prefix.Addr() == h.Source })
 		if h.Protocol != planProtocol && h.Protocol != kernel.ProtoKernel && !lost && !slices.ContainsFunc(is.routes, same) && !r.losesIPv4(h) {
 			return fmt.Errorf("another's route %s is gone", routeText(h))
 		}
 	}
 	return nil
+}
+
+// leadsToStranger says whether h is the kernel's own route to the network of an address that is not ours and stays.
+func (r *rehearsal) leadsToStranger(h kernel.Route) bool {
+	return h.Protocol == kernel.ProtoKernel && slices.ContainsFunc(r.before.addresses, func(a kernel.Addr) bool {
+		theirs := a.Protocol != planProtocol && !r.want.takeAddresses && !r.want.names(a) && !a.NoPrefixRoute
+		return theirs && connectedKey(networkOf(a)) == h.RouteKey && (h.Prefix.Addr().Is6() || h.Source == a.Prefix.Addr())
+	})
 }
 
 // losesIPv4 says whether h went because the last IPv4 address did.

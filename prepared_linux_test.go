@@ -87,6 +87,46 @@ func TestKernelPrefixRouteGivesWay(t *testing.T) {
 		"fd42::/64 table 254 metric 256 proto 111 mtu 1400 mss 1340")
 }
 
+// The kernel's prefix route of an administrator's address in a network of ours is his, whatever its MTU: it stays, an event names
+// it, and when a later run has swept ours his address still leads to its network (kernel.md V11; design.md law 4).
+func TestStrangersPrefixRouteStays(t *testing.T) {
+	l := newLab(t)
+	l.ip(`tuntap add p0 mode tun
+		link set p0 mtu 1500
+		addr add 10.42.0.7/24 dev p0
+		addr add fd42::7/64 dev p0 nodad
+		link set p0 up`)
+	index := l.index("p0")
+	before := l.routes(index)
+	l.want("routes before", before,
+		"10.42.0.0/24 table 254 metric 0 proto 2 mtu 0 mss 0 src 10.42.0.7",
+		"fd42::/64 table 254 metric 256 proto 2 mtu 0 mss 0")
+	cfg := Config{
+		Name: "p0", Mode: Attach, Networks: prefixes("10.42.0.1/24", "fd42::1/64"), MTU: 1400,
+		Routes: []Route{{Prefix: netip.MustParsePrefix("10.9.0.0/16"), MTU: 1500}},
+	}
+	d := l.active(cfg)
+	active := []string{
+		"10.9.0.0/16 table 254 metric 0 proto 111 mtu 1500 mss 1460",
+		"10.42.0.0/24 table 254 metric 0 proto 2 mtu 0 mss 0 src 10.42.0.7",
+		"10.42.0.0/24 table 254 metric 0 proto 111 mtu 1400 mss 1360 src 10.42.0.1",
+		"fd42::/64 table 254 metric 256 proto 2 mtu 0 mss 0",
+	}
+	l.want("routes", l.routes(index), active...)
+	e := l.event(d, EventShadowed)
+	for _, network := range []string{"10.42.0.0/24", "fd42::/64"} {
+		if text := network + " is answered by p0 itself, protocol 2, mtu 0"; e.N != 2 || !strings.Contains(e.Err.Error(), text) {
+			t.Errorf("event %v, want (2) and %q", e, text)
+		}
+	}
+	l.reload(d, cfg)
+	l.want("routes after a reload", l.routes(index), active...)
+	d.Close()
+	d = l.active(Config{Name: "p0", Mode: Attach, MTU: 1500})
+	l.want("routes after a sweep", l.routes(index), before...)
+	l.want("addresses", l.addresses(index), "10.42.0.7/24 proto 0", "fd42::7/64 proto 0")
+}
+
 // TakeAddresses removes what is neither ours nor in Networks, point-to-point addresses too; without, only what is ours and
 // stale goes (kernel.md V11, U19).
 func TestTakeAddresses(t *testing.T) {

@@ -87,7 +87,7 @@ type desired struct {
 func desire(c *Config, link int) desired {
 	d := desired{
 		mtu: c.deviceMTU(), txQueueLen: c.TxQueueLen, linkLocal: c.LinkLocal,
-		takeAddresses: c.TakeAddresses, protocol: c.protocol(),
+		takeAddresses: c.TakeAddresses, protocol: c.protocol(), ipv6: c.LinkLocal,
 	}
 	if d.txQueueLen == 0 {
 		d.txQueueLen = defaultTxQueueLen

@@ -69,7 +69,7 @@ type Config struct {
 	SystemRoutes  *SystemRoutes      // follow the kernel's routes through the device; nil: no
 	Protocol      int                // rtm_protocol and ifa_proto of what is ours; 0: DefaultProtocol
 	NoOffload     Offload            // not to be used; 0: use what the kernel grants
-	LinkLocal     bool               // let the kernel make an fe80:: address
+	LinkLocal     bool               // let the kernel make an fe80:: address; needs an MTU of 1280
 	NoHeal        bool               // do not put back what others remove
 	NoFilter      bool               // let ICMP redirects and router advertisements from the overlay through WriteBatch and Write
 	Logger        logrus.FieldLogger // nil: silent; whatever matters is in Events, Stats and State too. Its hooks must not call the Device
