@@ -3,6 +3,7 @@ package overlay
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -132,15 +133,22 @@ func (d *tunDevice) apply(steps []step) []error {
 	if steps[0].phase() == phaseProcfs {
 		return d.writeProcfs(steps)
 	}
-	requests := make([]rtnl.Message, len(steps))
-	for i, s := range steps {
-		requests[i] = d.request(s)
-	}
-	results := make([]error, len(steps))
-	for i, r := range d.ctl.Do(requests...) {
-		results[i] = r.Err
-		if r.Err == nil && steps[i].kind == stepDelRoute {
-			results[i] = d.checkEcho(steps[i].route, r.Answers)
+	const most = 1000 // at a time: a hundred thousand messages need not all be there at once
+	results := make([]error, 0, len(steps))
+	for part := range slices.Chunk(steps, most) {
+		if n := len(results); n > 0 && errors.Is(results[n-1], rtnl.ErrUnknown) { // nobody knows where we are: look first
+			results = append(results, slices.Repeat(results[n-1:], len(steps)-n)...)
+			break
+		}
+		requests := make([]rtnl.Message, len(part))
+		for i := range part {
+			requests[i] = d.request(&part[i])
+		}
+		for i, r := range d.ctl.Do(requests...) {
+			if r.Err == nil && part[i].kind == stepDelRoute {
+				r.Err = d.checkEcho(part[i].route, r.Answers)
+			}
+			results = append(results, r.Err)
 		}
 	}
 	return results
@@ -160,7 +168,7 @@ func ipv4Setting(number int) func(index, value int) rtnl.Message {
 }
 
 // request is the step as a message.
-func (d *tunDevice) request(s step) rtnl.Message {
+func (d *tunDevice) request(s *step) rtnl.Message {
 	switch s.kind {
 	case stepMTU:
 		return rtnl.SetLinkMTU(d.index, s.to)

@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -9,7 +10,10 @@ import (
 
 // routeChanges are the routes in which two Configs differ: those that only the old one has, and those that only the new one has.
 // A route that changed is in both.
-type routeChanges struct{ gone, come []*Route }
+type routeChanges struct {
+	gone, come []*Route
+	prefixes   map[netip.Prefix]bool // of all of them
+}
 
 // changedRoutes compares routes in one pass; in whatever order they are listed. They point into the Configs.
 func changedRoutes(old, next []Route) (c routeChanges) {
@@ -23,6 +27,7 @@ func changedRoutes(old, next []Route) (c routeChanges) {
 	for i := range old {
 		had[old[i].key()] = &old[i]
 	}
+	c.come = make([]*Route, 0, len(next))
 	for i := range next {
 		r := &next[i]
 		if was := had[r.key()]; was != nil && was.equal(r) {
@@ -36,6 +41,12 @@ func changedRoutes(old, next []Route) (c routeChanges) {
 			c.gone = append(c.gone, r)
 		}
 	}
+	c.prefixes = make(map[netip.Prefix]bool, len(c.gone)+len(c.come))
+	for _, list := range [][]*Route{c.gone, c.come} {
+		for _, r := range list {
+			c.prefixes[r.Prefix] = true
+		}
+	}
 	return c
 }
 
@@ -44,23 +55,13 @@ func (r *Route) equal(other *Route) bool {
 		r.NoInstall == other.NoInstall && slices.Equal(r.Via, other.Via)
 }
 
-// prefixes are those of all of them.
-func (c routeChanges) prefixes() map[netip.Prefix]bool {
-	all := make(map[netip.Prefix]bool, len(c.gone)+len(c.come))
-	for _, list := range [][]*Route{c.gone, c.come} {
-		for _, r := range list {
-			all[r.Prefix] = true
-		}
-	}
-	return all
-}
-
 // touched are the prefixes of which the Configs may say different things: of these routes, and of networks that come or go.
 func (c routeChanges) touched(old, next *Config) map[netip.Prefix]bool {
-	all := c.prefixes()
+	all := c.prefixes
 	if slices.Equal(old.Networks, next.Networks) {
 		return all
 	}
+	all = maps.Clone(all)
 	for _, list := range [][]netip.Prefix{old.Networks, next.Networks} {
 		for _, network := range list {
 			all[network.Masked()] = true
@@ -77,14 +78,14 @@ func (c routeChanges) onlyRoutes(old, next *Config) bool {
 	if !same {
 		return false
 	}
-	prefixes := c.prefixes()
-	return !slices.ContainsFunc(old.Networks, func(n netip.Prefix) bool { return prefixes[n.Masked()] })
+	return !slices.ContainsFunc(old.Networks, func(n netip.Prefix) bool { return c.prefixes[n.Masked()] })
 }
 
 // planChanges are the steps for routes alone, where the kernel holds what old asks for: as many messages as law 5 allows.
 func (c routeChanges) planChanges(old, next *Config, link int) (steps []step, want desired) {
 	want = desired{protocol: next.protocol(), mtu: next.deviceMTU()}
-	var have []kernel.Route
+	have := make([]kernel.Route, 0, len(c.gone))
+	want.routes = make([]kernel.Route, 0, len(c.come))
 	install := func(cfg *Config, list []*Route, to *[]kernel.Route) {
 		for _, r := range list {
 			if !r.NoInstall {

@@ -164,97 +164,135 @@ func (v *validator) networks(networks []netip.Prefix) {
 func routeField(i int) string             { return fmt.Sprintf("Routes[%d]", i) }
 func viaField(route string, i int) string { return fmt.Sprintf("%s.Via[%d]", route, i) }
 
+// refuseRoute is refuse for a part of Routes[i]. Of the hundred thousand paths that a Config may have only the few that are
+// refused are made.
+func (v *validator) refuseRoute(i int, part string, value any, format string, args ...any) {
+	v.refuse(routeField(i)+part, value, format, args...)
+}
+
 func (v *validator) routes(c *Config) {
 	seen := make(map[kernel.RouteKey]int, len(c.Routes))
-	type preference struct {
-		prefix netip.Prefix
-		metric uint32
-	}
-	first := make(map[preference]int, len(c.Routes))
+	tables := false // other than main
 	for i := range c.Routes {
 		r := &c.Routes[i]
-		field := routeField(i)
-		if !v.route(c, r, field) {
+		if !v.route(c, i) {
 			continue
 		}
 		key := c.keyOf(r)
 		if j, ok := seen[key]; ok {
-			v.refuse(field, r.Prefix, "prefix, table and metric of %s again", v.path(routeField(j)))
+			v.refuseRoute(i, "", r.Prefix, "prefix, table and metric of %s again", v.path(routeField(j)))
 			continue
 		}
 		seen[key] = i
-		p := preference{r.Prefix, key.Metric}
-		if j, ok := first[p]; !ok {
-			first[p] = i
+		tables = tables || key.Table != kernel.TableMain
+	}
+	if tables {
+		v.tables(c, seen)
+	}
+}
+
+// tables refuses routes that differ in their gateways alone, but for the table: the tree has one answer for both.
+func (v *validator) tables(c *Config, valid map[kernel.RouteKey]int) {
+	first := make(map[kernel.RouteKey]int, len(valid))
+	for i := range c.Routes {
+		r := &c.Routes[i]
+		key := c.keyOf(r)
+		if j, ok := valid[key]; !ok || j != i {
+			continue
+		}
+		key.Table = 0
+		if j, ok := first[key]; !ok {
+			first[key] = i
 		} else if !slices.Equal(r.Via, c.Routes[j].Via) {
-			v.refuse(field+".Via", r.Via, "differs from %s, which has the same prefix and metric in another table", v.path(routeField(j)))
+			v.refuseRoute(i, ".Via", r.Via, "differs from %s, which has the same prefix and metric in another table", v.path(routeField(j)))
 		}
 	}
 }
 
 // route checks one route by itself; false if its key means nothing.
-func (v *validator) route(c *Config, r *Route, field string) bool {
-	ok := v.routePrefix(r, field)
+func (v *validator) route(c *Config, i int) bool {
+	r := &c.Routes[i]
+	ok := v.routePrefix(r, i)
 	if r.Metric < 0 || r.Metric > maxMetric {
-		v.refuse(field+".Metric", r.Metric, "want 0…%d", maxMetric)
+		v.refuseRoute(i, ".Metric", r.Metric, "want 0…%d", maxMetric)
 		ok = false
 	}
 	switch {
 	case r.Table < 0 || int64(r.Table) > math.MaxInt32:
-		v.refuse(field+".Table", r.Table, "want 1…%d, or 0 for main", math.MaxInt32)
+		v.refuseRoute(i, ".Table", r.Table, "want 1…%d, or 0 for main", math.MaxInt32)
 		ok = false
 	case r.Table == kernel.TableLocal:
-		v.refuse(field+".Table", r.Table, "the local table is the kernel's")
+		v.refuseRoute(i, ".Table", r.Table, "the local table is the kernel's")
 	case ok && r.Prefix.Bits() == 0 && r.Table == 0 && r.Metric == 0 && !r.NoInstall:
-		v.refuse(field+".Table", r.Table, "a default route in the main table at metric 0 takes over the host: say Table 254, or another table or metric")
+		v.refuseRoute(i, ".Table", r.Table, "a default route in the main table at metric 0 takes over the host: say Table 254, or another table or metric")
 	}
-	v.number(field+".MTU", r.MTU, minMTU, maxMTU, "bytes, or 0 for Config.MTU")
-	v.gateways(c, r, field)
+	if r.MTU != 0 {
+		v.number(routeField(i)+".MTU", r.MTU, minMTU, maxMTU, "bytes, or 0 for Config.MTU")
+	}
+	v.gateways(c, i)
 	return ok
 }
 
-func (v *validator) routePrefix(r *Route, field string) bool {
+func (v *validator) routePrefix(r *Route, i int) bool {
 	switch {
 	case !r.Prefix.IsValid():
-		v.refuse(field+".Prefix", r.Prefix, "not a prefix")
+		v.refuseRoute(i, ".Prefix", r.Prefix, "not a prefix")
 	case r.Prefix.Addr().Is4In6():
-		v.refuse(field+".Prefix", r.Prefix, "IPv4-mapped: write it as IPv4")
+		v.refuseRoute(i, ".Prefix", r.Prefix, "IPv4-mapped: write it as IPv4")
 	case r.Prefix != r.Prefix.Masked():
-		v.refuse(field+".Prefix", r.Prefix, "has host bits: did you mean %v?", r.Prefix.Masked())
+		v.refuseRoute(i, ".Prefix", r.Prefix, "has host bits: did you mean %v?", r.Prefix.Masked())
 	default:
 		return true
 	}
 	return false
 }
 
-func (v *validator) gateways(c *Config, r *Route, field string) {
+func (v *validator) gateways(c *Config, i int) {
+	r := &c.Routes[i]
 	isNetwork := func(n netip.Prefix) bool { return n.IsValid() && connectedKey(n) == c.keyOf(r) }
 	if len(r.Via) > 0 && slices.ContainsFunc(c.Networks, isNetwork) {
-		v.refuse(field+".Via", r.Via, "the network itself is on-link: it has no gateway")
+		v.refuseRoute(i, ".Via", r.Via, "the network itself is on-link: it has no gateway")
 	}
-	seen := make(map[netip.Addr]int, len(r.Via))
-	for i, gateway := range r.Via {
-		path := viaField(field, i)
-		if gateway.Weight < 0 || gateway.Weight > math.MaxInt32 {
-			v.refuse(path+".Weight", gateway.Weight, "want 1…%d, or 0 for 1", math.MaxInt32)
+	const few = 16 // up to which a scan is cheaper than a map
+	var seen map[netip.Addr]int
+	if len(r.Via) > few {
+		seen = make(map[netip.Addr]int, len(r.Via))
+	}
+	for n, gateway := range r.Via {
+		v.gateway(c, i, n)
+		first := slices.IndexFunc(r.Via[:min(n, few)], func(g Gateway) bool { return g.Addr == gateway.Addr })
+		if at, ok := seen[gateway.Addr]; ok && first < 0 {
+			first = at
 		}
-		inside, own := false, false
-		for _, network := range c.Networks {
-			inside = inside || network.IsValid() && network.Contains(gateway.Addr)
-			own = own || network.Addr() == gateway.Addr
+		if first >= 0 {
+			v.refuse(viaField(routeField(i), n)+".Addr", gateway.Addr, "the gateway of %s again", v.path(viaField(routeField(i), first)))
+		} else if seen != nil {
+			seen[gateway.Addr] = n
 		}
-		switch {
-		case !gateway.Addr.IsValid():
-			v.refuse(path+".Addr", gateway.Addr, "not an address")
-		case !inside:
-			v.refuse(path+".Addr", gateway.Addr, "outside Networks")
-		case own:
-			v.refuse(path+".Addr", gateway.Addr, "our own address")
-		}
-		if j, ok := seen[gateway.Addr]; ok {
-			v.refuse(path+".Addr", gateway.Addr, "the gateway of %s again", v.path(viaField(field, j)))
-		}
-		seen[gateway.Addr] = i
+	}
+}
+
+// gateway checks Routes[i].Via[n] by itself.
+func (v *validator) gateway(c *Config, i, n int) {
+	gateway := c.Routes[i].Via[n]
+	refuse := func(part string, value any, format string, args ...any) {
+		v.refuse(viaField(routeField(i), n)+part, value, format, args...)
+	}
+	if gateway.Weight < 0 || gateway.Weight > math.MaxInt32 {
+		refuse(".Weight", gateway.Weight, "want 1…%d, or 0 for 1", math.MaxInt32)
+	}
+	inside, own := false, false
+	for _, network := range c.Networks {
+		inside = inside || network.IsValid() && network.Contains(gateway.Addr)
+		own = own || network.Addr() == gateway.Addr
+	}
+	switch {
+	case !gateway.Addr.IsValid():
+		refuse(".Addr", gateway.Addr, "not an address")
+	case !inside:
+		refuse(".Addr", gateway.Addr, "outside Networks")
+	case own:
+		refuse(".Addr", gateway.Addr, "our own address")
 	}
 }
 
@@ -309,8 +347,17 @@ func (c *Config) queues() int { return max(c.Queues, 1) }
 func (c Config) clone() Config {
 	c.Networks = slices.Clone(c.Networks)
 	c.Routes = slices.Clone(c.Routes)
+	n := 0
 	for i := range c.Routes {
-		c.Routes[i].Via = slices.Clone(c.Routes[i].Via)
+		n += len(c.Routes[i].Via)
+	}
+	all := make([]Gateway, 0, n)
+	for i := range c.Routes {
+		if via := &c.Routes[i].Via; len(*via) > 0 {
+			start := len(all)
+			all = append(all, *via...)
+			*via = all[start:len(all):len(all)]
+		}
 	}
 	if c.SystemRoutes != nil {
 		s := *c.SystemRoutes

@@ -244,6 +244,9 @@ func planRoutes(have *observed, want *desired, others func(kernel.RouteKey) bool
 	for _, r := range have.routes {
 		held[r.RouteKey] = append(held[r.RouteKey], r)
 	}
+	if len(held) == 0 {
+		return (&exchange{in: want.routes}).steps() // as they are: there may be a hundred thousand
+	}
 	wanted := make(map[kernel.RouteKey]bool, len(want.routes))
 	for _, r := range want.routes {
 		wanted[r.RouteKey] = true

@@ -25,7 +25,7 @@ func helperNetAdmin() error {
 	network := netip.MustParsePrefix("10.9.0.1/24")
 	cfg := Config{Name: "x", Queues: 2, Persist: true, Networks: []netip.Prefix{network, netip.MustParsePrefix("fd00:9::1/64")}}
 	for _, mode := range []Mode{Create, Attach} {
-		cfg.Mode = mode
+		cfg.Mode, cfg.Persist = mode, mode == Create
 		d, err := New(cfg)
 		if err != nil {
 			return err
@@ -41,7 +41,6 @@ func helperNetAdmin() error {
 			return err
 		}
 	}
-	cfg.Mode, cfg.Persist = Attach, false
 	d, err := New(cfg)
 	if err != nil {
 		return err

@@ -1,6 +1,10 @@
 package overlay
 
-import "example.com/overlay/internal/kernel"
+import (
+	"slices"
+
+	"example.com/overlay/internal/kernel"
+)
 
 // Reload implements Device. The tree learns new routes before the kernel does and forgets old ones after.
 func (d *tunDevice) Reload(cfg Config) error {
@@ -21,10 +25,10 @@ func (d *tunDevice) Reload(cfg Config) error {
 	next := cfg.clone()
 	changes := changedRoutes(d.cfg.Routes, next.Routes)
 	touched := changes.touched(&d.cfg, &next)
+	forget := d.learn(&next, touched)
 	if d.active {
-		d.publishTouched(&next, touched, true)
 		if err := d.enforce(&next, changes); err != nil {
-			d.publishTouched(&d.cfg, touched, false)
+			d.publishTouched(&d.cfg, touched)
 			return err
 		}
 	}
@@ -33,7 +37,7 @@ func (d *tunDevice) Reload(cfg Config) error {
 	d.viewMu.Unlock()
 	d.bare.Store(next.NoFilter)
 	d.logTo(next.Logger)
-	d.publishTouched(&next, touched, false)
+	d.tree.change(staticRoutes, forget)
 	return nil
 }
 
@@ -65,6 +69,9 @@ func (d *tunDevice) enforce(next *Config, changes routeChanges) error {
 
 // added are those of the wanted routes that steps add: not those that only stand in for others meanwhile.
 func added(steps []step, wanted []kernel.Route) (routes []kernel.Route) {
+	if len(steps) == len(wanted) && !slices.ContainsFunc(steps, func(s step) bool { return s.kind != stepAddRoute }) {
+		return wanted
+	}
 	keys := make(map[kernel.RouteKey]bool)
 	for _, s := range steps {
 		if s.kind == stepAddRoute {

@@ -280,18 +280,27 @@ func (s *snapshot) withInCopy(edits []edit) *snapshot {
 	return (*snapshot)(tree)
 }
 
-// publishTouched makes the tree's static layer say of the touched prefixes what cfg says, in one publication; of all others
-// cfg must say what it says already. With keep, what cfg does not speak of stays: a Reload calls it with keep before the kernel
-// changes, without after, and to revert with the old Config.
+// learn makes the tree's static layer say of the touched prefixes what cfg says, in one publication, and returns how to forget
+// the others of them: a Reload learns before the kernel changes and forgets after. Of all that is not touched cfg must say what
+// the layer says already.
 //
 // It reads the Config's routes; all other work follows from the number of touched prefixes.
-func (c *core) publishTouched(cfg *Config, touched map[netip.Prefix]bool, keep bool) {
+func (c *core) learn(cfg *Config, touched map[netip.Prefix]bool) (forget []change) {
 	next := staticLayer(cfg, &c.tree.pool, touched)
 	changes := make([]change, 0, len(touched))
 	for p := range touched {
-		if o, ok := next.Get(p); ok || !keep {
-			changes = append(changes, change{prefix: p, offer: o, gone: !ok})
+		if o, ok := next.Get(p); ok {
+			changes = append(changes, change{prefix: p, offer: o})
+		} else {
+			forget = append(forget, change{prefix: p, gone: true})
 		}
 	}
 	c.tree.change(staticRoutes, changes)
+	return forget
+}
+
+// publishTouched learns and forgets at once.
+func (c *core) publishTouched(cfg *Config, touched map[netip.Prefix]bool) {
+	forget := c.learn(cfg, touched)
+	c.tree.change(staticRoutes, forget)
 }

@@ -86,7 +86,7 @@ func TestTouchedPrefixes(t *testing.T) {
 	for _, revert := range []bool{false, true} {
 		var c core
 		c.publish(&old)
-		c.publishTouched(&next, touched, true)
+		forget := c.learn(&next, touched)
 		treeHolds(t, "learnt", &c, &next, gone)
 		if got, ok := c.tree.lookup(gone.Addr()); !ok || got.String() != "10.0.0.2" {
 			t.Errorf("%v goes through %v, %t while the kernel changes, want its old gateway", gone, got, ok)
@@ -95,7 +95,11 @@ func TestTouchedPrefixes(t *testing.T) {
 		if revert {
 			last = &old
 		}
-		c.publishTouched(last, touched, false)
+		if revert {
+			c.publishTouched(&old, touched)
+		} else {
+			c.tree.change(staticRoutes, forget)
+		}
 		treeHolds(t, "settled", &c, last)
 		if c.tree.published != 3 {
 			t.Errorf("it took %d publications, want 3", c.tree.published)
@@ -116,7 +120,7 @@ func TestPublishTouchedKeepsOld(t *testing.T) {
 	learned := change{prefix: netip.MustParsePrefix("10.5.0.0/16")}
 	c.tree.change(learnedRoutes, []change{learned})
 	changes := changedRoutes(old.Routes, next.Routes)
-	c.publishTouched(&next, changes.touched(&old, &next), true)
+	c.learn(&next, changes.touched(&old, &next))
 	treeHolds(t, "both", &c, &next, netip.MustParsePrefix("10.2.0.0/16"), learned.prefix)
 	c.publish(&next)
 	treeHolds(t, "next", &c, &next, learned.prefix)

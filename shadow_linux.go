@@ -87,15 +87,11 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes
 
 // rivalled returns those of the routes for whose very prefix somebody else has a route, through whatever interface, or none.
 func (d *tunDevice) rivalled(routes []kernel.Route, protocol uint8) []kernel.Route {
-	ours := make(map[netip.Prefix]bool, len(routes))
-	for _, r := range routes {
-		ours[r.Prefix] = true
-	}
 	rivals := make(map[netip.Prefix]bool)
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		request := rtnl.GetAllRoutes(family)
 		request.Keep = func(m rtnl.Message) bool {
-			if prefix, by := rtnl.PeekRoute(m); by != protocol && ours[prefix] {
+			if prefix, by := rtnl.PeekRoute(m); by != protocol && d.tree.routed(prefix) {
 				rivals[prefix] = true
 			}
 			return false
