@@ -1,0 +1,178 @@
+package fib
+
+import (
+	"net/netip"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// Doubts returns the prefixes with routes that may be gone or stand elsewhere, each once after something has changed there;
+// all: also those that were returned before, because another route may have hidden them. Each is to be asked about: an
+// address of it (Probe) in a RTM_F_FIB_MATCH, the kernel's answer to Settle. What stays hidden stays doubtful until a quiet dump.
+func (t *Table) Doubts(all bool) []netip.Prefix {
+	seen := make(map[key]bool)
+	var prefixes []netip.Prefix
+	for k, ask := range t.doubts {
+		if !ask && !all {
+			continue
+		}
+		t.doubts[k] = false
+		k.table = 0
+		if !seen[k] {
+			seen[k] = true
+			prefixes = append(prefixes, k.prefix())
+		}
+	}
+	return prefixes
+}
+
+// Doubtful is the number of prefixes with doubtful routes, counted by table.
+func (t *Table) Doubtful() int { return len(t.doubts) }
+
+// Probe returns an address of prefix by which to ask about it: one that longest, the longest known prefix for an address,
+// gives to no longer one. It begins behind after, if that is valid: a prefix that has turned out to cover the last address. False
+// if there is none, or it is not found soon.
+func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, bool)) (netip.Addr, bool) {
+	const tries = 64
+	addr := prefix.Masked().Addr()
+	if !prefix.IsSingleIP() {
+		addr = addr.Next() // the first may be an anycast address of our own
+	}
+	if after.IsValid() {
+		addr = behind(after)
+	}
+	for range tries {
+		if !addr.IsValid() || !prefix.Contains(addr) {
+			return netip.Addr{}, false
+		}
+		q, ok := longest(addr)
+		if !ok || q.Bits() <= prefix.Bits() {
+			return addr, true
+		}
+		addr = behind(q)
+	}
+	return netip.Addr{}, false
+}
+
+// behind returns the address that follows the last of a prefix, the zero Addr if there is none.
+func behind(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < 8*len(b); i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	return last.Next()
+}
+
+// Settle takes the kernel's answer for an address of a doubtful prefix; got is nil where it knows no route (ENETUNREACH;
+// of other errors nothing follows). It returns true if the answer is about a longer prefix: then ask by another address,
+// beginning behind that. The answer must be no older than the announcements that were applied.
+func (t *Table) Settle(prefix netip.Prefix, got *kernel.FIBRoute) (again bool) {
+	if got != nil && (got.Prefix.Addr().Is6() != prefix.Addr().Is6() || !got.Prefix.IsValid()) {
+		return false
+	}
+	if got != nil && got.Prefix.Bits() > prefix.Bits() {
+		return true
+	}
+	k := keyOf(prefix, 0)
+	order := t.order[k.family()]
+	if got != nil && !looksAt(order, got.Table) {
+		return false // it is not known which tables come before that
+	}
+	for _, step := range order {
+		k.table = t.tables[step.Table]
+		here := got != nil && got.Table == step.Table && int16(got.Prefix.Bits()) > step.Suppress
+		if step.Selective || int16(k.bits) <= step.Suppress {
+			if here {
+				return false
+			}
+			continue
+		}
+		if _, ok := t.heads[k]; ok || here {
+			e := t.open(k)
+			if here && got.Prefix.Bits() == prefix.Bits() {
+				e.found(got)
+			} else {
+				e.absent(0, len(e.chain))
+			}
+			e.rest()
+		}
+		if here {
+			return false
+		}
+	}
+	return false
+}
+
+func looksAt(order []Step, table uint32) bool {
+	for _, step := range order {
+		if step.Table == table {
+			return true
+		}
+	}
+	return false
+}
+
+// absent removes the doubtful routes of a range that the kernel would have answered with. The dead it would not.
+func (e *edit) absent(lo, hi int) {
+	for i := hi - 1; i >= lo; i-- {
+		if e.chain[i].state&doubtful != 0 && e.shape(i).kind != Absent {
+			e.remove(i)
+		}
+	}
+}
+
+// found takes the route with which the kernel answers for the prefix: it stands before all others that are in use.
+func (e *edit) found(got *kernel.FIBRoute) {
+	lo, hi := e.group(got.Metric)
+	for i := hi - 1; i >= 0; i-- {
+		if i < lo || e.key.is6 && rank(e.shape(i).route.Pref) > rank(got.Pref) {
+			e.absent(i, i+1)
+		}
+	}
+	lo, hi = e.group(got.Metric)
+	n, mine := e.t.admit(got, lo < hi)
+	defer e.t.leave(n.shape)
+	if !mine {
+		if lo < hi && e.chain[lo].before == 0 {
+			e.chain[lo].before, e.chain[lo].state = 1, e.chain[lo].state|moreBefore
+		}
+		return
+	}
+	at := e.find(lo, hi, n.shape)
+	if j := e.joined(lo, hi); j >= 0 && e.shapeJoins(n.shape) {
+		at = j
+	}
+	if at < 0 {
+		n.state = moreBefore
+		e.insert(lo, n)
+		return
+	}
+	if e.chain[at].shape != n.shape {
+		e.swap(at, n.shape)
+	}
+	if e.chain[at].state&doubtful != 0 {
+		e.changed = true
+	}
+	e.settle(at)
+	for i := lo; i < at; i++ {
+		if e.shape(i).kind != Absent && (!e.key.is6 || rank(e.shape(i).route.Pref) >= rank(e.shape(at).route.Pref)) {
+			c := e.chain[at]
+			copy(e.chain[i+1:at+1], e.chain[i:at])
+			e.chain[i] = c
+			e.changed = true
+			for j := i + 1; j <= at; j++ {
+				e.chain[j].state |= doubtful
+			}
+			return
+		}
+	}
+}
+
+// rest writes the chain back; what is still doubtful has been asked about.
+func (e *edit) rest() {
+	e.close()
+	if _, ok := e.t.doubts[e.key]; ok {
+		e.t.doubts[e.key] = false
+	}
+}
