@@ -52,55 +52,79 @@ func (t *Table) Answer(p netip.Prefix) Answer {
 	return t.answer(keyOf(p, 0))
 }
 
-// answer looks into the tables in the order of the rules.
+// answer looks into the tables in the order of the rules. Where one throws the next is asked, for a part of a shorter
+// prefix there, too.
 func (t *Table) answer(k key) Answer {
 	order, cover := t.order[k.family()], t.cover[k.family()]
+	p, thrown := k.prefix(), false
 	for _, step := range order {
-		if int16(k.bits) <= step.Suppress {
+		at := k
+		at.table = t.tables[step.Table]
+		if cover != nil {
+			q, ok := cover[at.table].LookupPrefixLPM(p)
+			if !ok {
+				continue
+			}
+			at.bits, at.addr = uint8(q.Bits()), q.Addr().As16()
+		}
+		if int16(at.bits) <= step.Suppress {
 			continue
 		}
-		k.table = t.tables[step.Table]
-		if a := t.best(k); a.Kind != Absent {
+		a, passed := t.best(at)
+		switch {
+		case passed:
+			thrown = thrown || at.bits == k.bits
+			continue
+		case at.bits != k.bits && !thrown:
+			return Answer{} // an earlier table answers for all of it
+		case a.Kind != Absent:
 			a.Table = step.Table
 			return a
-		}
-		if cover == nil {
-			continue
-		}
-		if q, ok := cover[k.table].LookupPrefixLPM(k.prefix()); ok && int16(q.Bits()) > step.Suppress {
-			break // an earlier table answers for all of it
+		case cover != nil:
+			return Answer{} // our own route
 		}
 	}
 	return Answer{}
 }
 
-// best returns the first route of a chain that is in use and not ours.
-func (t *Table) best(k key) Answer {
-	var a Answer
-	var pref int
-	ownMetric, ownPref, owned := uint32(0), 0, false
+// best returns the first route of a chain that is in use and not ours; thrown: one that throws stands before all. In IPv6
+// the router preference counts before the place among equal metrics (kernel.md V14).
+func (t *Table) best(k key) (a Answer, thrown bool) {
+	type rival struct {
+		metric uint32
+		rank   int
+		there  bool
+	}
+	var own, first rival // the first of ours, and of the others
 	for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
 		c := t.entries.at(i)
-		if a.Kind != Absent && (!k.is6 || c.metric != a.Metric) {
+		if first.there && (!k.is6 || c.metric != first.metric) {
 			break
 		}
 		sh := &t.shapes.all[c.shape]
+		r := rival{c.metric, 0, true}
+		if k.is6 {
+			r.rank = rank(sh.route.Pref)
+		}
 		switch {
-		case sh.kind == Absent:
-		case sh.own:
-			if !owned || c.metric != ownMetric || rank(sh.route.Pref) > ownPref {
-				ownMetric, ownPref, owned = c.metric, rank(sh.route.Pref), true
+		case sh.kind == Absent && !sh.throw:
+		case sh.own && sh.kind != Absent:
+			if !own.there || own.metric != r.metric || r.rank > own.rank {
+				own = r
 			}
-			if a.Kind != Absent && rank(sh.route.Pref) > pref {
+			if first.there && r.rank > first.rank {
 				a.First = false
 			}
-		case a.Kind == Absent || rank(sh.route.Pref) > pref:
-			// In IPv6 the router preference counts before the place (kernel.md V14).
-			a.Kind, a.Set, a.Metric, pref = sh.kind, sh.set, c.metric, rank(sh.route.Pref)
-			a.First = !owned || ownMetric != c.metric || k.is6 && pref > ownPref
+		case !first.there || r.rank > first.rank:
+			first, thrown = r, sh.throw
+			a = Answer{Kind: sh.kind, Set: sh.set, Metric: c.metric}
+			a.First = !own.there || own.metric != r.metric || r.rank > own.rank
 		}
 	}
-	return a
+	if thrown {
+		return Answer{}, !own.there
+	}
+	return a, false
 }
 
 // rank orders values of RTA_PREF, a signed number of two bits; 2, which is reserved, is medium.
@@ -125,7 +149,8 @@ func (t *Table) touch(k key) {
 	k.table = table
 	live := false
 	for i := t.heads[k]; i != 0 && !live; i = t.entries.at(i).next {
-		live = t.shapes.all[t.entries.at(i).shape].kind != Absent
+		sh := &t.shapes.all[t.entries.at(i).shape]
+		live = sh.kind != Absent || sh.throw
 	}
 	p := k.prefix()
 	if cover[table].Get(p) == live {

@@ -72,13 +72,13 @@ func (t *Table) leave(shape uint32) {
 	}
 }
 
-// concerns says whether a route has a leg through our interface.
+// concerns says whether a route has a leg through our interface, or throws.
 func (t *Table) concerns(r *kernel.FIBRoute) bool {
 	legs := r.Legs
 	if r.NextHop != 0 {
 		legs = t.legsOf(r.NextHop, legs)
 	} else if r.Type != kernel.TypeUnicast {
-		return false
+		return throws(r)
 	}
 	for _, leg := range legs {
 		if leg.Link == t.cfg.Link {

@@ -116,7 +116,7 @@ func (w *world) route() kernel.FIBRoute {
 	}
 	switch w.pick(8) {
 	case 0:
-		r.Type = 6 // blackhole
+		r.Type = choose[uint8](w, 6, 6, kernel.TypeThrow) // 6: blackhole
 	case 1, 2:
 		if id := uint32(1 + w.pick(4)); w.m.nextHops[id].ID != 0 {
 			r.NextHop = id
@@ -185,6 +185,9 @@ func (w *world) match(dst netip.Addr) (kernel.FIBRoute, bool) {
 		for bits := dst.BitLen(); bits >= 0; bits-- {
 			p, _ := dst.Prefix(bits)
 			if i := w.winner(place{p, step.Table}); i >= 0 {
+				if throws(&w.m.chains[place{p, step.Table}][i].FIBRoute) {
+					break
+				}
 				return w.m.message(w.m.chains[place{p, step.Table}], i), true
 			}
 		}

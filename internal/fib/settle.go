@@ -64,27 +64,36 @@ func behind(p netip.Prefix) netip.Addr {
 	return last.Next()
 }
 
-// Settle takes the kernel's answer for an address of a doubtful prefix; got is nil where it knows no route (ENETUNREACH;
-// of other errors nothing follows). It returns true if the answer is about a longer prefix: then ask by another address,
-// beginning behind that. The answer must be no older than the announcements that were applied.
-func (t *Table) Settle(prefix netip.Prefix, got *kernel.FIBRoute) (again bool) {
-	if got != nil && (got.Prefix.Addr().Is6() != prefix.Addr().Is6() || !got.Prefix.IsValid()) {
-		return false
+// Settle takes the kernel's answer for addr, an address of a doubtful prefix; got is nil where it knows no route (ENETUNREACH;
+// of other errors nothing follows). The answer must be no older than the announcements that were applied. If a longer
+// prefix hides this one it returns that: then ask by another address, beginning behind it.
+func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRoute) (hidden netip.Prefix) {
+	k := keyOf(prefix, 0)
+	if got != nil && (got.Prefix.Addr().Is6() != k.is6 || !got.Prefix.IsValid()) {
+		return hidden
+	}
+	if got != nil && k.is6 && got.NextHop != 0 {
+		// Routes through one nexthop object share its cached entries, which tell of the route that was used first:
+		// prefix, table, metric, even the group are not those of the match (net/ipv6/route.c, rt6_get_pcpu_route).
+		t.resync = t.resync || t.matters(k)
+		return hidden
 	}
 	if got != nil && got.Prefix.Bits() > prefix.Bits() {
-		return true
+		return got.Prefix
 	}
-	k := keyOf(prefix, 0)
+	if p, ok := t.thrown(prefix, addr); ok {
+		return p
+	}
 	order := t.order[k.family()]
 	if got != nil && !looksAt(order, got.Table) {
-		return false // it is not known which tables come before that
+		return hidden // it is not known which tables come before that
 	}
 	for _, step := range order {
 		k.table = t.tables[step.Table]
 		here := got != nil && got.Table == step.Table && int16(got.Prefix.Bits()) > step.Suppress
 		if step.Selective || int16(k.bits) <= step.Suppress {
 			if here {
-				return false
+				return hidden
 			}
 			continue
 		}
@@ -98,10 +107,52 @@ func (t *Table) Settle(prefix netip.Prefix, got *kernel.FIBRoute) (again bool) {
 			e.rest()
 		}
 		if here {
-			return false
+			return hidden
+		}
+	}
+	return hidden
+}
+
+// matters says whether the answer for a prefix rests on something doubtful.
+func (t *Table) matters(k key) bool {
+	for table := range t.cfg.Tables {
+		k.table = uint16(table)
+		metric, live := uint32(0), false
+		for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
+			c := t.entries.at(i)
+			if live && c.metric != metric {
+				break
+			}
+			if t.shapes.all[c.shape].kind != Absent {
+				metric, live = c.metric, true
+			}
+			if c.state&doubtful != 0 {
+				return true
+			}
 		}
 	}
 	return false
+}
+
+// thrown returns a longer prefix that throws, so that nothing follows from an answer for addr. prefix itself if that throws.
+func (t *Table) thrown(prefix netip.Prefix, addr netip.Addr) (netip.Prefix, bool) {
+	if t.throws == 0 {
+		return netip.Prefix{}, false
+	}
+	for bits := addr.BitLen(); bits >= prefix.Bits(); bits-- {
+		p, err := addr.Prefix(bits)
+		if err != nil {
+			break
+		}
+		for table := range t.cfg.Tables {
+			for i := t.heads[keyOf(p, uint16(table))]; i != 0; i = t.entries.at(i).next {
+				if t.shapes.all[t.entries.at(i).shape].throw {
+					return p, true
+				}
+			}
+		}
+	}
+	return netip.Prefix{}, false
 }
 
 func looksAt(order []Step, table uint32) bool {

@@ -19,10 +19,11 @@ type shape struct {
 	users map[key]uint32
 
 	// Derived from the route, the nexthop objects and the Config.
-	mine bool // some leg is through our interface
-	own  bool // we have installed it
-	kind Kind
-	set  *Set
+	mine  bool // some leg is through our interface; or it throws
+	own   bool // we have installed it
+	throw bool // the kernel goes on to the next table: what it hides in its own, it uncovers there
+	kind  Kind
+	set   *Set
 }
 
 // shapes interns them. Index 0 is nobody's.
@@ -135,16 +136,24 @@ func (t *Table) hold(i uint32, k key) {
 	if sh.counts() {
 		t.learned++
 	}
+	if sh.throw {
+		t.throws++
+	}
 }
 
 // counts says whether the shape's routes count as learned.
 func (sh *shape) counts() bool { return sh.mine && !sh.own }
+
+func throws(r *kernel.FIBRoute) bool { return r.Type == kernel.TypeThrow && r.NextHop == 0 }
 
 // release gives an entry's reference back.
 func (t *Table) release(i uint32, k key) {
 	sh := &t.shapes.all[i]
 	if sh.counts() {
 		t.learned--
+	}
+	if sh.throw {
+		t.throws--
 	}
 	sh.refs--
 	if sh.users != nil {
@@ -203,7 +212,10 @@ func (t *Table) derive(sh *shape) bool {
 	if sh.route.Type == kernel.TypeUnicast || sh.route.NextHop != 0 {
 		sh.mine, sh.kind, gateways = t.weigh(legs)
 	}
-	sh.own = sh.mine && sh.route.Protocol == t.cfg.Protocol
+	// A multipath of IPv6 may have legs of several protocols, of which a message tells one. What we install has no gateways.
+	sh.own = sh.mine && sh.route.Protocol == t.cfg.Protocol && !sh.joins
+	sh.throw = throws(&sh.route)
+	sh.mine = sh.mine || sh.throw
 	switch {
 	case sh.kind != Via:
 		sh.set = nil
@@ -238,6 +250,9 @@ func (t *Table) weigh(legs []kernel.Leg) (mine bool, kind Kind, gateways []Gatew
 		case kind != Via:
 			kind = Refused
 		}
+	}
+	if len(gateways) == 1 {
+		gateways[0].Weight = 1 // a share of all; messages of one leg do not tell its weight
 	}
 	return mine, kind, gateways
 }

@@ -37,6 +37,7 @@ type Table struct {
 	resync  bool
 
 	learned int
+	throws  int
 	refused uint64
 }
 
@@ -113,8 +114,8 @@ func (t *Table) Learned() int { return t.learned }
 // Refused counts the routes not learned because there were Max. Each stays unknown until a dump shows it again.
 func (t *Table) Refused() uint64 { return t.refused }
 
-// ResyncNeeded says, once, that announcements alone do not tell what routes there are now: a nexthop object has come to our
-// interface, and routes may have come with it untold (kernel.md A13).
+// ResyncNeeded says, once, that neither announcements nor probes tell what routes there are now: a nexthop object has come to
+// our interface, and routes may have come with it untold (kernel.md A13), or a probe's answer was no answer (Settle).
 func (t *Table) ResyncNeeded() bool {
 	needed := t.resync
 	t.resync = false

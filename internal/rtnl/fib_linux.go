@@ -36,12 +36,13 @@ func ChangeOf(m Message) kernel.Change {
 
 // MayConcern says whether a route announcement may matter to who follows the routes through interface index. It allocates
 // nothing. A stranger's new route does not matter if it is the first of its key and plainly leads through another interface; one
-// that joins a key does, because it may stand before ours when that is replaced (kernel.md A9, A10), and so does a deletion.
+// that joins a key does, because it may stand before ours when that is replaced (kernel.md A9, A10), and so does a deletion, and
+// one that throws.
 func MayConcern(m Message, index int32) bool {
 	if m.Type != unix.RTM_NEWROUTE || len(m.Body) < unix.SizeofRtMsg {
 		return m.Type == unix.RTM_DELROUTE
 	}
-	if m.Flags&unix.NLM_F_REPLACE != 0 || m.Flags&unix.NLM_F_EXCL == 0 {
+	if m.Flags&unix.NLM_F_REPLACE != 0 || m.Flags&unix.NLM_F_EXCL == 0 || m.Body[7] == unix.RTN_THROW {
 		return true
 	}
 	for b := m.Body[unix.SizeofRtMsg:]; ; {
