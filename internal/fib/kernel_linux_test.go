@@ -251,9 +251,6 @@ func (l *lab) settle(t *testing.T, p netip.Prefix) {
 		if err := rtnl.DecodeFIBRoute(result.Answers[0], &got); err != nil {
 			t.Fatal(err)
 		}
-		if got.Table == kernel.TableLocal {
-			return
-		}
 		if after = l.t.Settle(p, addr, &got); !after.IsValid() {
 			return
 		}

@@ -301,7 +301,8 @@ func (c *churn) compare(t *testing.T, dst netip.Addr, result rtnl.Result) error 
 	return nil
 }
 
-// hole says whether a route that throws covers dst: the kernel then goes past the shorter ones of its table.
+// hole says whether ENETUNREACH says nothing: a route that throws covers dst, so that the kernel goes past the shorter
+// ones of its table, or an IPv6 route through a nexthop object does, of which the answer is not to be trusted: see Settle.
 func (c *churn) hole(t *testing.T, dst netip.Addr) bool {
 	family := uint8(unix.AF_INET)
 	if dst.Is6() {
@@ -310,7 +311,8 @@ func (c *churn) hole(t *testing.T, dst netip.Addr) bool {
 	for _, table := range c.t.cfg.Tables {
 		for _, m := range c.dump(t, rtnl.GetFIB(family, table)) {
 			var r kernel.FIBRoute
-			if rtnl.DecodeFIBRoute(m, &r) == nil && r.Type == unix.RTN_THROW && r.Prefix.Contains(dst) {
+			if rtnl.DecodeFIBRoute(m, &r) == nil && r.Prefix.Contains(dst) &&
+				(r.Type == unix.RTN_THROW || r.NextHop != 0 && dst.Is6()) {
 				return true
 			}
 		}

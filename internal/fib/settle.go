@@ -72,17 +72,15 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 	if got != nil && (got.Prefix.Addr().Is6() != k.is6 || !got.Prefix.IsValid()) {
 		return hidden
 	}
-	if got != nil && k.is6 && got.NextHop != 0 {
-		// Routes through one nexthop object share its cached entries, which tell of the route that was used first:
-		// prefix, table, metric, even the group are not those of the match (net/ipv6/route.c, rt6_get_pcpu_route).
+	if k.is6 && (got == nil && len(t.nextHops) > 0 || got != nil && got.NextHop != 0) {
+		// IPv6 routes through one nexthop object share its cached entries, which tell of the route that was used first
+		// (net/ipv6/route.c, rt6_get_pcpu_route): prefix, table, metric, even the group are not those of the match. When
+		// that route is gone the kernel answers ENETUNREACH, and goes on to forward.
 		t.resync = t.resync || t.matters(k)
 		return hidden
 	}
 	if got != nil && got.Prefix.Bits() > prefix.Bits() {
 		return got.Prefix
-	}
-	if p, ok := t.thrown(prefix, addr); ok {
-		return p
 	}
 	order := t.order[k.family()]
 	if got != nil && !looksAt(order, got.Table) {
@@ -97,7 +95,11 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 			}
 			continue
 		}
-		if _, ok := t.heads[k]; ok || here {
+		if q, ok := t.thrown(k.table, prefix, addr); ok {
+			if q != prefix {
+				hidden = q // of this table the answer tells nothing: another address may
+			}
+		} else if _, ok := t.heads[k]; ok || here {
 			e := t.open(k)
 			if here && got.Prefix.Bits() == prefix.Bits() {
 				e.found(got)
@@ -134,8 +136,8 @@ func (t *Table) matters(k key) bool {
 	return false
 }
 
-// thrown returns a longer prefix that throws, so that nothing follows from an answer for addr. prefix itself if that throws.
-func (t *Table) thrown(prefix netip.Prefix, addr netip.Addr) (netip.Prefix, bool) {
+// thrown returns which prefix, not shorter than the given one, throws for addr in a table.
+func (t *Table) thrown(table uint16, prefix netip.Prefix, addr netip.Addr) (netip.Prefix, bool) {
 	if t.throws == 0 {
 		return netip.Prefix{}, false
 	}
@@ -144,11 +146,9 @@ func (t *Table) thrown(prefix netip.Prefix, addr netip.Addr) (netip.Prefix, bool
 		if err != nil {
 			break
 		}
-		for table := range t.cfg.Tables {
-			for i := t.heads[keyOf(p, uint16(table))]; i != 0; i = t.entries.at(i).next {
-				if t.shapes.all[t.entries.at(i).shape].throw {
-					return p, true
-				}
+		for i := t.heads[keyOf(p, table)]; i != 0; i = t.entries.at(i).next {
+			if t.shapes.all[t.entries.at(i).shape].throw {
+				return p, true
 			}
 		}
 	}
