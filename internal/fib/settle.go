@@ -95,18 +95,16 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 			}
 			continue
 		}
-		if q, ok := t.thrown(k.table, prefix, addr); ok {
-			if q != prefix {
-				hidden = q // of this table the answer tells nothing: another address may
-			}
-		} else if _, ok := t.heads[k]; ok || here {
+		if here && got.Prefix.Bits() == prefix.Bits() {
 			e := t.open(k)
-			if here && got.Prefix.Bits() == prefix.Bits() {
-				e.found(got)
-			} else {
-				e.absent(0, len(e.chain))
-			}
+			e.found(got)
 			e.rest()
+		} else if q, ok := t.thrown(k.table, prefix, addr); !ok {
+			e := t.open(k)
+			e.absent(0, len(e.chain))
+			e.rest()
+		} else if q != prefix {
+			hidden = q // of this table the answer tells nothing: for another address it may
 		}
 		if here {
 			return hidden
