@@ -33,7 +33,11 @@ func (e *edit) put6(lo, hi int, change kernel.Change, n entry) {
 		e.remove(at) // it had gone untold, or was shown by a dump
 		hi--
 	}
+	unsure := e.t.shapes.all[n.shape].joins && len(e.t.shapes.all[n.shape].route.Legs) > 1 && e.strangers(lo, hi)
 	e.push(lo, hi, change, n)
+	if unsure {
+		e.doubt(lo, hi+1) // it has joined a stranger's, perhaps one that stands before others
+	}
 }
 
 // replace6 puts a route in the place of the first of its kind (multipath or not) in the group, or if there is none of the

@@ -2,6 +2,7 @@ package fib
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -81,11 +82,33 @@ func (w *world) check(t testing.TB, exact bool) {
 		if r.Protocol == ourProto && !joins(&r) || w.ownCovers(dst, r.Prefix) {
 			continue // the static layer's
 		}
+		if w.missed && w.buried(r) {
+			continue
+		}
 		a := w.t.Answer(q)
 		if !ok || a.Kind != kind || kind == Via && !sameGateways(a.Set.Gateways, gateways) || a.Metric != r.Metric || q != r.Prefix && w.t.throws == 0 {
 			t.Fatalf("%v: got %v %+v, want %v %v %v by %v\n%s", dst, ok, a, kind, gateways, r.Metric, r.Prefix, w.story(r.Prefix))
 		}
 	}
+}
+
+// buried says whether a route of IPv6 stands between the legs of a multipath: no dump shows it. Whoever has missed its
+// announcement learns of it only when it is alone.
+func (w *world) buried(r kernel.FIBRoute) bool {
+	legs, there := 0, false
+	for _, h := range w.m.chains[place{r.Prefix, r.Table}] {
+		switch {
+		case h.Metric != r.Metric:
+		case h.joins():
+			if there && legs > 0 {
+				return true
+			}
+			legs++
+		case identity(h.FIBRoute) == identity(r):
+			there = true
+		}
+	}
+	return false
 }
 
 // ownCovers says whether a route of our own would hide what the Table says: that is the merged tree's to sort out.
@@ -154,8 +177,8 @@ func (w *world) story(p netip.Prefix) string {
 // resync dumps both families, in the quiet.
 func (w *world) resync() {
 	var all []kernel.NextHop
-	for _, n := range w.m.nextHops {
-		all = append(all, n)
+	for _, id := range slices.Sorted(maps.Keys(w.m.nextHops)) {
+		all = append(all, w.m.nextHops[id])
 	}
 	w.t.SetNextHops(all)
 	for _, is6 := range []bool{false, true} {

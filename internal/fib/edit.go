@@ -140,7 +140,7 @@ func (e *edit) swap(i int, shape uint32) {
 
 // settle notes that the route at i is there.
 func (e *edit) settle(i int) {
-	e.chain[i].state &^= doubtful | twin
+	e.chain[i].state &^= doubtful | twin | excused
 	e.chain[i].seen = e.t.windows[e.key.family()].number
 }
 

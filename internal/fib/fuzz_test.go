@@ -10,14 +10,14 @@ import (
 func FuzzFIB(f *testing.F) {
 	for seed := range uint64(8) {
 		r := rand.New(rand.NewPCG(seed, 2))
-		b := make([]byte, 1500)
+		b := make([]byte, 400)
 		for i := range b {
 			b[i] = byte(r.Uint32())
 		}
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		b = b[:min(len(b), 4096)]
+		b = b[:min(len(b), 1024)]
 		w := newWorld(func(n int) int {
 			if len(b) == 0 {
 				return 0

@@ -1,7 +1,9 @@
 package fib
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -25,6 +27,13 @@ type place struct {
 
 // held is a kernel.FIBRoute with, in IPv6, at most one leg.
 type held struct{ kernel.FIBRoute }
+
+// places returns where there are routes, always in the same order: a seed reproduces a run.
+func (m *model) places() []place {
+	return slices.SortedFunc(maps.Keys(m.chains), func(a, b place) int {
+		return cmp.Or(a.prefix.Compare(b.prefix), cmp.Compare(a.table, b.table))
+	})
+}
 
 type op uint8
 
@@ -263,7 +272,8 @@ func (m *model) setNextHop(n kernel.NextHop) {
 	if !changed || !m.compat {
 		return
 	}
-	for _, chain := range m.chains {
+	for _, at := range m.places() {
+		chain := m.chains[at]
 		for i, h := range chain {
 			if h.NextHop != 0 && (h.NextHop == n.ID || m.hasMember(h.NextHop, n.ID)) {
 				m.told(kernel.Replaced, m.message(chain, i))
@@ -281,7 +291,8 @@ func (m *model) deleteNextHop(id uint32) {
 	if _, ok := m.nextHops[id]; !ok {
 		return
 	}
-	for at, chain := range m.chains {
+	for _, at := range m.places() {
+		chain := m.chains[at]
 		for i := len(chain) - 1; i >= 0; i-- {
 			if chain[i].NextHop != id {
 				continue
@@ -297,8 +308,9 @@ func (m *model) deleteNextHop(id uint32) {
 		}
 	}
 	delete(m.nextHops, id)
-	for group, n := range m.nextHops {
-		if !m.hasMember(group, id) {
+	for _, group := range slices.Sorted(maps.Keys(m.nextHops)) {
+		n, ok := m.nextHops[group]
+		if !ok || !m.hasMember(group, id) {
 			continue
 		}
 		n.Group = slices.DeleteFunc(slices.Clone(n.Group), func(leg kernel.NextHopLeg) bool { return leg.ID == id })
@@ -313,7 +325,8 @@ func (m *model) deleteNextHop(id uint32) {
 
 // dump yields what RTM_GETROUTE with NLM_F_DUMP would.
 func (m *model) dump(is6 bool, yield func(kernel.FIBRoute)) {
-	for at, chain := range m.chains {
+	for _, at := range m.places() {
+		chain := m.chains[at]
 		if at.prefix.Addr().Is6() != is6 {
 			continue
 		}

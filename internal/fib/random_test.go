@@ -26,6 +26,7 @@ type world struct {
 	steps  []Step
 	pick   func(n int) int
 	lost   bool // announcements are
+	missed bool // some were
 	held   []func()
 	late   bool // announcements come when deliver is called
 	log    []string
@@ -61,6 +62,7 @@ func (w *world) hear(what string, apply func()) {
 	w.log = append(w.log, what)
 	switch {
 	case w.lost:
+		w.missed = true
 	case w.late:
 		w.held = append(w.held, apply)
 	default:

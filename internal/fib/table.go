@@ -159,7 +159,8 @@ const (
 	doubtful   = 1 << iota // it may be gone, or not where it is thought to be
 	moreBefore             // there may be more strangers before it than counted
 	moreAfter
-	twin // the kernel may hold it twice
+	twin    // the kernel may hold it twice
+	excused // the dump may have left it out
 )
 
 // slab holds entries in pieces, so that growing moves none. Index 0 is nobody's.

@@ -76,6 +76,9 @@ func (t *Table) Dumped(r *kernel.FIBRoute) {
 	} else {
 		w.last.count = add(w.last.count, 1)
 		e.showStranger(lo, hi)
+		if k.is6 && joins(r) && len(r.Legs) > 1 {
+			e.excuse(lo, hi)
+		}
 	}
 	e.close()
 	t.leave(n.shape)
@@ -136,6 +139,13 @@ func (e *edit) showStranger(lo, hi int) {
 	}
 }
 
+// excuse notes that a dump has shown a stranger's multipath, so that it may leave others of the metric out: see End.
+func (e *edit) excuse(lo, hi int) {
+	for i := lo; i < hi; i++ {
+		e.chain[i].state |= excused
+	}
+}
+
 func (e *edit) shapeJoins(shape uint32) bool { return e.t.shapes.all[shape].joins }
 
 // End closes a resync and returns how many routes it removed. quiet: the caller knows that no route of the family was
@@ -173,7 +183,8 @@ func (e *edit) sweep(number uint8, quiet bool) (removed int) {
 			continue
 		}
 		lo, hi := e.group(e.chain[i].metric)
-		if j := e.joined(lo, hi); !quiet || j >= 0 && j != i && e.chain[j].seen == number && len(e.shape(j).route.Legs) > 1 {
+		if j := e.joined(lo, hi); !quiet || e.chain[i].state&excused != 0 || j >= 0 && j != i && e.chain[j].seen == number && len(e.shape(j).route.Legs) > 1 {
+			e.chain[i].state &^= excused
 			e.doubt(i, i+1)
 			continue
 		}
