@@ -170,6 +170,7 @@ func (e *edit) replace4(lo, hi int, n entry) {
 			return
 		}
 		e.swap(lo, n.shape)
+		e.settle(lo)
 	}
 }
 

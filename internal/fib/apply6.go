@@ -24,6 +24,9 @@ func (e *edit) put6(lo, hi int, change kernel.Change, n entry) {
 	case at < 0:
 	case e.t.shapes.all[n.shape].joins:
 		e.swap(at, n.shape)
+		if hi-lo == 1 {
+			e.settle(at)
+		}
 		return
 	case change == kernel.Refreshed:
 		e.settle(at)
@@ -53,6 +56,9 @@ func (e *edit) replace6(lo, hi int, n entry) {
 	case sh.joins && at >= 0:
 		e.note(at)
 		e.swap(at, n.shape)
+		if hi-lo == 1 {
+			e.settle(at)
+		}
 	case same >= 0 && sh.route.NextHop != 0:
 		// Either the nexthop object changed, or the first was replaced by an equal of one that stands behind.
 		e.settle(same)
@@ -73,6 +79,7 @@ func (e *edit) replace6(lo, hi int, n entry) {
 		e.note(at)
 		twice := e.chain[at].state & twin
 		e.swap(at, n.shape)
+		e.settle(at)
 		e.chain[at].state |= twice
 	}
 }
@@ -156,6 +163,7 @@ func (e *edit) part(lo, hi int, r *kernel.FIBRoute) {
 	rest.Prefix = r.Prefix
 	shape := e.t.intern(&rest)
 	e.swap(at, shape)
+	e.settle(at)
 	if hi-lo > 1 || e.strangers(lo, hi) {
 		e.doubt(lo, hi) // the multipath stands where its first leg stands
 	}

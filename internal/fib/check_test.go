@@ -29,7 +29,7 @@ func (w *world) settle(t testing.TB) {
 		}
 		for _, p := range doubts {
 			var after netip.Prefix
-			for range 10 {
+			for try := range 10 {
 				addr, ok := Probe(p, after, w.longest)
 				if !ok {
 					break
@@ -41,7 +41,8 @@ func (w *world) settle(t testing.TB) {
 					got = nil
 				}
 				if found && len(w.m.legs(r)) == 0 {
-					break // a blackhole: the kernel answers with an error
+					after = Unanswered(p, addr, try) // a blackhole: the kernel answers with an error
+					continue
 				}
 				if after = w.t.Settle(p, addr, got); !after.IsValid() {
 					break

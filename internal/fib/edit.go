@@ -129,12 +129,12 @@ func (e *edit) remove(i int) {
 	e.changed = true
 }
 
-// swap puts another shape in the place of the one at i.
+// swap puts another shape in the place of the one at i. What is doubtful about the place stays so.
 func (e *edit) swap(i int, shape uint32) {
 	e.t.hold(shape, e.key)
 	e.t.release(e.chain[i].shape, e.key)
 	e.chain[i].shape = shape
-	e.settle(i)
+	e.chain[i].seen = e.t.windows[e.key.family()].number
 	e.changed = true
 }
 

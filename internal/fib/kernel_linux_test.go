@@ -231,7 +231,7 @@ func (l *lab) quiet(t *testing.T) {
 
 func (l *lab) settle(t *testing.T, p netip.Prefix) {
 	var after netip.Prefix
-	for range 10 {
+	for try := range 10 {
 		addr, ok := Probe(p, after, l.longest)
 		if !ok {
 			return
@@ -245,7 +245,8 @@ func (l *lab) settle(t *testing.T, p netip.Prefix) {
 			continue
 		}
 		if result.Err != nil || len(result.Answers) != 1 {
-			return
+			after = Unanswered(p, addr, try)
+			continue
 		}
 		var got kernel.FIBRoute
 		if err := rtnl.DecodeFIBRoute(result.Answers[0], &got); err != nil {

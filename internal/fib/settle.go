@@ -54,6 +54,17 @@ func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, b
 	return netip.Addr{}, false
 }
 
+// Unanswered returns what to begin behind, as Settle does, after the kernel has answered for addr with another error than
+// ENETUNREACH: a longer prefix leads nowhere, but the kernel does not tell how long it is. try counts from 0.
+func Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.Prefix {
+	bits := addr.BitLen()
+	if try > 0 {
+		bits = min(prefix.Bits()+1, bits)
+	}
+	p, _ := addr.Prefix(bits)
+	return p
+}
+
 // behind returns the address that follows the last of a prefix, the zero Addr if there is none.
 func behind(p netip.Prefix) netip.Addr {
 	b := p.Addr().AsSlice()
@@ -65,8 +76,8 @@ func behind(p netip.Prefix) netip.Addr {
 }
 
 // Settle takes the kernel's answer for addr, an address of a doubtful prefix; got is nil where it knows no route (ENETUNREACH;
-// of other errors nothing follows). The answer must be no older than the announcements that were applied. If a longer
-// prefix hides this one it returns that: then ask by another address, beginning behind it.
+// of other errors nothing follows: Unanswered). The answer must be no older than the announcements that were applied. If a
+// longer prefix hides this one, or may, it returns that: then ask by another address, beginning behind it.
 func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRoute) (hidden netip.Prefix) {
 	k := keyOf(prefix, 0)
 	if got != nil && (got.Prefix.Addr().Is6() != k.is6 || !got.Prefix.IsValid()) {
@@ -76,7 +87,11 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		// IPv6 routes through one nexthop object share its cached entries, which tell of the route that was used first
 		// (net/ipv6/route.c, rt6_get_pcpu_route): prefix, table, metric, even the group are not those of the match. When
 		// that route is gone the kernel answers ENETUNREACH, and goes on to forward.
-		t.resync = t.resync || t.matters(k)
+		t.untold[k] = struct{}{}
+		hidden, _ = addr.Prefix(addr.BitLen())
+		if got != nil && got.Prefix.Bits() > prefix.Bits() && got.Prefix.Contains(addr) {
+			hidden = got.Prefix
+		}
 		return hidden
 	}
 	if got != nil && got.Prefix.Bits() > prefix.Bits() {
@@ -162,10 +177,13 @@ func looksAt(order []Step, table uint32) bool {
 	return false
 }
 
-// absent removes the doubtful routes of a range that the kernel would have answered with. The dead it would not.
+// answers says whether the kernel's look-up ends at the route at i: it passes over the dead.
+func (e *edit) answers(i int) bool { return e.shape(i).kind != Absent || e.shape(i).throw }
+
+// absent removes the doubtful routes of a range that the kernel would have answered with.
 func (e *edit) absent(lo, hi int) {
 	for i := hi - 1; i >= lo; i-- {
-		if e.chain[i].state&doubtful != 0 && e.shape(i).kind != Absent {
+		if e.chain[i].state&doubtful != 0 && e.answers(i) {
 			e.remove(i)
 		}
 	}
@@ -205,7 +223,7 @@ func (e *edit) found(got *kernel.FIBRoute) {
 	}
 	e.settle(at)
 	for i := lo; i < at; i++ {
-		if e.shape(i).kind != Absent && (!e.key.is6 || rank(e.shape(i).route.Pref) >= rank(e.shape(at).route.Pref)) {
+		if e.answers(i) && (!e.key.is6 || rank(e.shape(i).route.Pref) >= rank(e.shape(at).route.Pref)) {
 			c := e.chain[at]
 			copy(e.chain[i+1:at+1], e.chain[i:at])
 			e.chain[i] = c

@@ -34,6 +34,7 @@ type Table struct {
 	doubts  map[key]bool     // chains with doubtful entries, and whether they are to be asked about
 	stale   map[uint32]bool  // shapes whose answer changed for all that have them
 	missing map[uint32]bool  // ids of nexthop objects that routes have and nobody told of
+	untold  map[key]struct{} // prefixes of which no probe tells
 	resync  bool
 
 	learned int
@@ -85,6 +86,7 @@ func New(cfg Config) *Table {
 		doubts:   make(map[key]bool),
 		stale:    make(map[uint32]bool),
 		missing:  make(map[uint32]bool),
+		untold:   make(map[key]struct{}),
 	}
 	t.shapes.init()
 	t.edit.t = t
@@ -119,6 +121,10 @@ func (t *Table) Refused() uint64 { return t.refused }
 func (t *Table) ResyncNeeded() bool {
 	needed := t.resync
 	t.resync = false
+	for k := range t.untold {
+		needed = needed || t.matters(k)
+	}
+	clear(t.untold)
 	return needed
 }
 
