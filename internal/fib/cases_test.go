@@ -19,6 +19,9 @@ func TestCases(t *testing.T) {
 		{"A9 a stranger that stands first is replaced", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "replaced 192.0.2.0/24 via 10.0.1.3 dev 8"}, "192.0.2.0/24", "10.0.0.2*1"},
 		{"A9 IPv6, another kind", []string{"created 2001:db8::/64 via fd00::2", "replaced 2001:db8::/64 on 8"}, "2001:db8::/64", "absent"},
 		{"A9 onto our device", []string{"replaced 192.0.2.0/24 via 10.0.0.2"}, "192.0.2.0/24", "10.0.0.2*1"},
+		{"A9 strangers are counted", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "replaced 192.0.2.0/24 via 10.0.0.3", "deleted 192.0.2.0/24 via 10.0.0.3", "replaced 192.0.2.0/24 via 10.0.1.2 dev 8"}, "192.0.2.0/24", "absent"},
+		{"A9 strangers stay before the next", []string{"created 192.0.2.0/24 via 10.0.0.2", "appended 192.0.2.0/24 via 10.0.0.3", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "deleted 192.0.2.0/24 via 10.0.0.2", "replaced 192.0.2.0/24 via 10.0.1.3 dev 8"}, "192.0.2.0/24", "10.0.0.3*1"},
+		{"A9 IPv6, the same twice", []string{"nexthop 1 via fd00::2", "created 2001:db8::/64 nhid 1", "prepended 2001:db8::/64 on 7", "replaced 2001:db8::/64 on 7", "deleted 2001:db8::/64 on 7"}, "2001:db8::/64", "on-link"},
 		{"A10 metric fallback", []string{"created 192.0.2.0/24 metric 50 via 10.0.0.2", "created 192.0.2.0/24 metric 100 via 10.0.0.3", "deleted 192.0.2.0/24 metric 50 via 10.0.0.2"}, "192.0.2.0/24", "10.0.0.3*1"},
 		{"A10 the lower metric wins, whichever came first", []string{"created 192.0.2.0/24 metric 100 via 10.0.0.3", "created 192.0.2.0/24 metric 50 via 10.0.0.2"}, "192.0.2.0/24", "10.0.0.2*1"},
 		{"A10 append", []string{"created 192.0.2.0/24 via 10.0.0.2", "appended 192.0.2.0/24 via 10.0.0.3"}, "192.0.2.0/24", "10.0.0.2*1"},
@@ -40,6 +43,8 @@ func TestCases(t *testing.T) {
 		{"A13 nexthop object", []string{"nexthop 1 via 10.0.0.2", "created 192.0.2.0/24 nhid 1", "nexthop 1 via 10.0.0.3"}, "192.0.2.0/24", "10.0.0.3*1"},
 		{"A13 group, leg replaced", []string{"nexthop 1 via 10.0.0.2", "nexthop 2 via 10.0.0.3", "nexthop 3 group 1*300 2*2", "created 192.0.2.0/24 nhid 3", "nexthop 2 via 10.0.0.4"}, "192.0.2.0/24", "10.0.0.2*300 10.0.0.4*2"},
 		{"A13 told twice in compat mode", []string{"nexthop 1 via 10.0.0.2", "created 192.0.2.0/24 nhid 1 via 10.0.0.2", "appended 192.0.2.0/24 via 10.0.0.9", "nexthop 1 via 10.0.0.3", "replaced 192.0.2.0/24 nhid 1 via 10.0.0.3", "deleted 192.0.2.0/24 nhid 1 via 10.0.0.3"}, "192.0.2.0/24", "10.0.0.9*1"},
+		{"A13 a stranger's told again", []string{"created 192.0.2.0/24 via 10.0.0.2", "appended 192.0.2.0/24 nhid 9 via 10.0.1.2 dev 8", "replaced 192.0.2.0/24 nhid 9 via 10.0.1.3 dev 8"}, "192.0.2.0/24", "10.0.0.2*1"},
+		{"A13 a stranger's becomes ours", []string{"nexthop 9 via 10.0.1.2 dev 8", "created 192.0.2.0/24 via 10.0.0.2", "appended 192.0.2.0/24 nhid 9", "nexthop 9 via 10.0.0.9", "replaced 192.0.2.0/24 nhid 9", "deleted 192.0.2.0/24 nhid 9"}, "192.0.2.0/24", "10.0.0.2*1"},
 		{"A13 group told after its routes", []string{"created 192.0.2.0/24 nhid 1 via 10.0.0.2", "nexthop 1 via 10.0.0.3"}, "192.0.2.0/24", "10.0.0.3*1"},
 		{"A13 blackhole", []string{"nexthop 1 via 10.0.0.2", "created 192.0.2.0/24 nhid 1", "nexthop 1 blackhole"}, "192.0.2.0/24", "absent"},
 		{"A14 nexthop object deleted", []string{"nexthop 1 via 10.0.0.2", "created 192.0.2.0/24 nhid 1", "nexthop 1 gone"}, "192.0.2.0/24", "absent"},
@@ -80,6 +85,50 @@ func TestCases(t *testing.T) {
 				t.Errorf("got %v, told %v, want %s", a, got[p], test.want)
 			}
 		})
+	}
+}
+
+// What announcements leave open is doubtful, so that it is asked about.
+func TestDoubtful(t *testing.T) {
+	tests := []struct {
+		name string
+		hear []string
+		want int
+	}{
+		{"all told", []string{"created 2001:db8::/64 via fd00::2", "prepended 2001:db8::/64 on 7", "deleted 2001:db8::/64 on 7"}, 0},
+		{"the first leg went: what stands first now?", []string{"created 2001:db8::/64 via fd00::2", "prepended 2001:db8::/64 on 7", "prepended 2001:db8::/64 via fd00::2 via fd00::3", "deleted 2001:db8::/64 via fd00::2"}, 1},
+		{"joined a stranger's", []string{"appended 2001:db8::/64 on 7", "prepended 2001:db8::/64 via fd00::2 via fd01::3 dev 8"}, 1},
+		{"replaced ours or a stranger's", []string{"nexthop 1 via fd00::2", "appended 2001:db8::/64 on 7", "replaced 2001:db8::/64 nhid 1"}, 1},
+		{"its place is not told", []string{"created 192.0.2.0/24 via 10.0.0.2", "refreshed 192.0.2.0/24 via 10.0.0.3"}, 1},
+	}
+	for _, test := range tests {
+		table := New(Config{Link: ourLink, Protocol: ourProto})
+		for _, line := range test.hear {
+			apply(t, table, line)
+		}
+		if got := table.Doubtful(); got != test.want {
+			t.Errorf("%s: got %d doubtful, want %d", test.name, got, test.want)
+		}
+	}
+}
+
+// A route whose nexthop object leads elsewhere is not kept; one that comes from elsewhere must be looked for.
+func TestNextHopMoves(t *testing.T) {
+	table := New(Config{Link: ourLink})
+	apply(t, table, "nexthop 1 via 10.0.0.2")
+	apply(t, table, "created 192.0.2.0/24 nhid 1")
+	apply(t, table, "nexthop 1 via 10.0.1.2 dev 8")
+	for p, a := range table.Changes() {
+		if a.Kind != Absent {
+			t.Errorf("%v: %v", p, a)
+		}
+	}
+	if table.Learned() != 0 || len(table.heads) != 0 || table.ResyncNeeded() {
+		t.Errorf("learned %d, kept %d", table.Learned(), len(table.heads))
+	}
+	apply(t, table, "nexthop 1 via 10.0.0.3")
+	if !table.ResyncNeeded() || table.ResyncNeeded() {
+		t.Error("no resync, or two, after the object has come back")
 	}
 }
 

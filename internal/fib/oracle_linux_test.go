@@ -35,7 +35,7 @@ type churn struct {
 	ordered bool
 }
 
-func any1[T any](c *churn, from ...T) T { return from[c.r.IntN(len(from))] }
+func oneOf[T any](c *churn, from ...T) T { return from[c.r.IntN(len(from))] }
 
 // prefixes nest, so that the longest match matters.
 var labPrefixes = func() []netip.Prefix {
@@ -80,19 +80,19 @@ func boolByte(b bool) byte { return byte(btoi(b)) }
 
 func (c *churn) route() kernel.FIBRoute {
 	r := kernel.FIBRoute{
-		Prefix: any1(c, labPrefixes...), Table: any1[uint32](c, kernel.TableMain, kernel.TableMain, someTable, 77),
-		Metric: any1[uint32](c, 50, 50, 100), Type: kernel.TypeUnicast, Protocol: any1[uint8](c, 3, 3, 4, 4, ourProto),
+		Prefix: oneOf(c, labPrefixes...), Table: oneOf[uint32](c, kernel.TableMain, kernel.TableMain, someTable, 77),
+		Metric: oneOf[uint32](c, 50, 50, 100), Type: kernel.TypeUnicast, Protocol: oneOf[uint8](c, 3, 3, 4, 4, ourProto),
 	}
 	is6 := r.Prefix.Addr().Is6()
 	switch c.r.IntN(10) {
 	case 0:
-		r.Type = any1[uint8](c, unix.RTN_BLACKHOLE, unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT, unix.RTN_THROW)
+		r.Type = oneOf[uint8](c, unix.RTN_BLACKHOLE, unix.RTN_UNREACHABLE, unix.RTN_PROHIBIT, unix.RTN_THROW)
 	case 1, 2, 3:
 		r.NextHop = uint32(1 + c.r.IntN(8))
 	case 4, 5:
-		r.Legs = []kernel.Leg{{Link: any1(c, c.ours, c.ours, c.other), Weight: 1}}
+		r.Legs = []kernel.Leg{{Link: oneOf(c, c.ours, c.ours, c.other), Weight: 1}}
 	default:
-		for range any1(c, 1, 1, 2, 3) {
+		for range oneOf(c, 1, 1, 2, 3) {
 			r.Legs = append(r.Legs, c.leg(is6))
 		}
 	}
@@ -102,15 +102,15 @@ func (c *churn) route() kernel.FIBRoute {
 	case is6 && r.NextHop != 0:
 		r.Protocol = 3 // whose route it is the kernel does not tell reliably
 	case is6:
-		r.Pref = any1[uint8](c, 0, 0, 0, 1, 3)
+		r.Pref = oneOf[uint8](c, 0, 0, 0, 1, 3)
 	default:
-		r.TOS = any1[uint8](c, 0, 0, 0, 0, 0, 0x10)
+		r.TOS = oneOf[uint8](c, 0, 0, 0, 0, 0, 0x10)
 	}
 	if !is6 && c.r.IntN(6) == 0 {
 		r.Detail = attribute(nil, unix.RTA_PREFSRC, own4.AsSlice())
 	}
 	if c.r.IntN(6) == 0 {
-		r.Detail = attribute(r.Detail, unix.RTA_METRICS, attribute(nil, unix.RTAX_MTU, word(any1[uint32](c, 1300, 1400))))
+		r.Detail = attribute(r.Detail, unix.RTA_METRICS, attribute(nil, unix.RTAX_MTU, word(oneOf[uint32](c, 1300, 1400))))
 	}
 	return r
 }
@@ -123,15 +123,15 @@ func (c *churn) nextHop() rtnl.Message {
 	n := kernel.NextHop{ID: id}
 	switch {
 	case id == 4:
-		n.Leg = kernel.Leg{Link: any1(c, c.ours, c.other)}
+		n.Leg = kernel.Leg{Link: oneOf(c, c.ours, c.other)}
 	case id <= 4:
 		n.Leg = c.leg(id%2 == 0)
 		if !labOverlay(n.Gateway) && n.Link == c.ours || c.r.IntN(12) == 0 {
 			n.Leg, n.Blackhole = kernel.Leg{}, true
 		}
 	default: // IPv4 routes go through 5 and 6, IPv6 routes through those with even members only
-		for _, member := range any1(c, []uint32{1, 3}, []uint32{2, 3}, []uint32{2}, []uint32{1, 2, 3}) {
-			n.Group = append(n.Group, kernel.NextHopLeg{ID: member, Weight: any1[uint32](c, 1, 2, 5, 300)})
+		for _, member := range oneOf(c, []uint32{1, 3}, []uint32{2, 3}, []uint32{2}, []uint32{1, 2, 3}) {
+			n.Group = append(n.Group, kernel.NextHopLeg{ID: member, Weight: oneOf[uint32](c, 1, 2, 5, 300)})
 		}
 	}
 	return nextHopMessage(unix.RTM_NEWNEXTHOP, n)
@@ -171,7 +171,7 @@ func (c *churn) upset(t *testing.T) {
 	c.upsets++
 	switch n := c.r.IntN(6); n {
 	case 0, 1:
-		dev := any1(c, "ours", "other")
+		dev := oneOf(c, "ours", "other")
 		c.ns.Run(t, "ip link set "+dev+" down")
 		if n == 0 {
 			time.Sleep(20 * time.Millisecond) // linkwatch
@@ -183,7 +183,7 @@ func (c *churn) upset(t *testing.T) {
 	case 2:
 		c.ns.Run(t, "ip address del 10.0.0.1/24 dev ours")
 	case 3:
-		c.sysctl(t, "ipv4/nexthop_compat_mode", any1(c, "0", "1"))
+		c.sysctl(t, "ipv4/nexthop_compat_mode", oneOf(c, "0", "1"))
 		return
 	case 4:
 		c.ordered = !c.ordered
@@ -197,7 +197,7 @@ func (c *churn) upset(t *testing.T) {
 		c.readRules(t)
 		return
 	case 5:
-		c.ns.Run(t, "ip link set ours mtu "+any1(c, "1400", "1500"))
+		c.ns.Run(t, "ip link set ours mtu "+oneOf(c, "1400", "1500"))
 		return
 	}
 	c.addresses(t)

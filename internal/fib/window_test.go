@@ -3,6 +3,7 @@ package fib
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"testing"
 
 	"example.com/overlay/internal/kernel"
@@ -154,5 +155,109 @@ func TestProbe(t *testing.T) {
 		if got, ok := Probe(netip.MustParsePrefix(test.prefix), after, longest); got.String() != test.want || ok != got.IsValid() {
 			t.Errorf("%s after %q: got %v, %v, want %s", test.prefix, test.after, got, ok, test.want)
 		}
+	}
+}
+
+// A dump of our interface alone does not tell where strangers stand: what is replaced then is doubtful.
+func TestNarrowDump(t *testing.T) {
+	for _, whole := range []bool{true, false} {
+		table := New(Config{Link: ourLink})
+		table.Begin(false, whole)
+		r := parseRoute(t, []string{"192.0.2.0/24", "via", "10.0.0.2"})
+		table.Dumped(&r)
+		table.End(false, true)
+		apply(t, table, "replaced 192.0.2.0/24 via 10.0.1.2 dev 8")
+		if a := table.Answer(r.Prefix); (a.Kind == Absent) != whole || (table.Doubtful() == 0) != whole {
+			t.Errorf("whole %v: got %v, %d doubtful", whole, a, table.Doubtful())
+		}
+		table.Begin(false, whole)
+		r.Prefix = netip.MustParsePrefix("192.0.3.0/24")
+		table.Dumped(&r)
+		table.End(false, true)
+		apply(t, table, "replaced 192.0.3.0/24 via 10.0.0.3")
+		apply(t, table, "deleted 192.0.3.0/24 via 10.0.0.3")
+		if a := table.Answer(r.Prefix); (a.Kind == Absent) != whole {
+			t.Errorf("whole %v: got %v", whole, a)
+		}
+	}
+}
+
+// Announcements that are older than a dump may tell of replacing what the dump no longer showed.
+func TestStaleReplace(t *testing.T) {
+	for _, last := range []string{"via 10.0.0.4", "via 10.0.1.4 dev 8"} {
+		table := New(Config{Link: ourLink})
+		apply(t, table, "created 192.0.2.0/24 via 10.0.0.2")
+		table.Begin(false, true)
+		r := parseRoute(t, strings.Fields("192.0.2.0/24 via 10.0.0.3"))
+		table.Dumped(&r)
+		apply(t, table, "replaced 192.0.2.0/24 "+last)
+		apply(t, table, "deleted 192.0.2.0/24 "+last)
+		table.End(false, false)
+		if a := table.Answer(r.Prefix); a.String() != "10.0.0.3*1" || table.Doubtful() != 1 {
+			t.Errorf("%s: got %v, %d doubtful", last, a, table.Doubtful())
+		}
+	}
+}
+
+// What stands between the legs of a multipath no dump shows, not even a quiet one.
+func TestBuried(t *testing.T) {
+	for _, legs := range []string{"via fd00::2 via fd00::3", "via fd01::2 dev 8 via fd01::3 dev 8", "via fd00::2"} {
+		table := New(Config{Link: ourLink})
+		apply(t, table, "created 2001:db8::/64 on 7")
+		apply(t, table, "prepended 2001:db8::/64 "+legs)
+		table.Begin(true, true)
+		r := parseRoute(t, strings.Fields("2001:db8::/64 "+legs))
+		table.Dumped(&r)
+		removed := table.End(true, true)
+		if buried := len(r.Legs) > 1; buried != (removed == 0) || buried != (table.Doubtful() == 1) {
+			t.Errorf("%s: removed %d, %d doubtful", legs, removed, table.Doubtful())
+		}
+	}
+}
+
+// A whole dump tells where strangers stand.
+func TestDumpedStrangers(t *testing.T) {
+	table := New(Config{Link: ourLink})
+	table.Begin(false, true)
+	for _, text := range []string{"192.0.2.0/24 via 10.0.1.9 dev 8", "192.0.2.0/24 via 10.0.0.2", "192.0.2.0/24 via 10.0.1.3 dev 8"} {
+		r := parseRoute(t, strings.Fields(text))
+		table.Dumped(&r)
+	}
+	table.End(false, true)
+	p := netip.MustParsePrefix("192.0.2.0/24")
+	for _, step := range []struct {
+		line string
+		want Kind
+	}{
+		{"replaced 192.0.2.0/24 via 10.0.1.4 dev 8", Via}, // in the place of the first stranger
+		{"deleted 192.0.2.0/24 via 10.0.1.4 dev 8", Via},
+		{"appended 192.0.2.0/24 via 10.0.0.3", Via},
+		{"deleted 192.0.2.0/24 via 10.0.0.2", Via},
+	} {
+		if apply(t, table, step.line); table.Answer(p).Kind != step.want {
+			t.Errorf("%s: got %v", step.line, table.Answer(p))
+		}
+	}
+}
+
+// All yields what Answer says of every prefix that has one.
+func TestAll(t *testing.T) {
+	w := newWorld(seeded(1))
+	for range 300 {
+		w.step()
+	}
+	n := 0
+	for p, a := range w.t.All() {
+		if n++; a.Kind == Absent || a != w.t.Answer(p) {
+			t.Errorf("%v: %v", p, a)
+		}
+	}
+	for _, p := range modelPrefixes {
+		if w.t.Answer(p).Kind != Absent {
+			n--
+		}
+	}
+	if n != 0 {
+		t.Errorf("%d more than there are", n)
 	}
 }
