@@ -69,7 +69,7 @@ fuzz: ## every fuzz target in the tree for FUZZTIME each (10s)
 	test -n "$$targets" || { echo 'no fuzz target found'; exit 1; }; \
 	while read -r package name; do \
 		echo "$$package $$name"; \
-		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$package" < /dev/null; \
+		go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x "$$package" < /dev/null; \
 	done <<< "$$targets"
 
 cover: ## test coverage by function, and cover.out for go tool cover -html

@@ -37,10 +37,14 @@ func GetLocal(family uint8, index int) Message {
 	return Message{Type: unix.RTM_GETROUTE, Body: body(h, attr32(unix.RTA_OIF, uint32(index)))}
 }
 
-// MatchRoute asks which route the kernel's own lookup finds for dst.
+// MatchRoute asks which route the kernel's own lookup finds for dst. IPv4 calls every table main unless it is asked for the
+// table too (net/ipv4/route.c, inet_rtm_getroute); IPv6 tells it, and refuses that flag.
 func MatchRoute(dst netip.Addr) Message {
 	h := &nl.RtMsg{}
 	h.Family, h.Dst_len, h.Flags = family(dst), uint8(dst.BitLen()), unix.RTM_F_FIB_MATCH
+	if dst.Is4() {
+		h.Flags |= unix.RTM_F_LOOKUP_TABLE
+	}
 	return Message{Type: unix.RTM_GETROUTE, Body: body(h, nl.NewRtAttr(unix.RTA_DST, dst.AsSlice()))}
 }
 

@@ -1,0 +1,152 @@
+package fib
+
+import (
+	"maps"
+	"slices"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// nextHop is a nexthop object and the legs that a route through it has.
+type nextHop struct {
+	kernel.NextHop
+	legs []kernel.Leg
+}
+
+// SetNextHop takes a nexthop object that is new or has changed: with nexthop_compat_mode off its routes change without a
+// message of their own (kernel.md A13).
+func (t *Table) SetNextHop(n kernel.NextHop) {
+	if n.ID == 0 || n.Foreign {
+		return
+	}
+	untold := t.missing[n.ID]
+	delete(t.missing, n.ID)
+	old := t.nextHops[n.ID]
+	if old != nil {
+		for _, member := range old.Group {
+			removeFrom(t.memberOf, member.ID, n.ID)
+		}
+	}
+	n.Group = slices.Clone(n.Group)
+	for _, member := range n.Group {
+		addTo(t.memberOf, member.ID, n.ID)
+	}
+	t.nextHops[n.ID] = &nextHop{NextHop: n}
+	if old != nil {
+		t.nextHops[n.ID].legs = old.legs
+	}
+	t.resolve(n.ID, old != nil || untold)
+	for group := range t.memberOf[n.ID] {
+		t.resolve(group, true)
+	}
+}
+
+// resolve computes an object's legs anew. used: routes may lead through it already; if they have led elsewhere so far they
+// are not known here.
+func (t *Table) resolve(id uint32, used bool) {
+	n := t.nextHops[id]
+	if n == nil {
+		return
+	}
+	was := n.legs
+	n.legs = nil
+	switch {
+	case len(n.Group) > 0:
+		for _, member := range n.Group {
+			m := t.nextHops[member.ID]
+			if m == nil {
+				t.missing[member.ID] = true
+			} else if m.Link != 0 {
+				leg := m.Leg
+				leg.Weight = member.Weight
+				n.legs = append(n.legs, leg)
+			}
+		}
+	case !n.Blackhole && n.Link != 0:
+		n.legs = []kernel.Leg{n.Leg}
+	}
+	if used && !t.through(was) && t.through(n.legs) {
+		t.resync = true
+	}
+	for shape := range t.shapes.byNextHop[id] {
+		if t.derive(&t.shapes.all[shape]) {
+			t.stale[shape] = true
+		}
+	}
+}
+
+func (t *Table) through(legs []kernel.Leg) bool {
+	return slices.ContainsFunc(legs, func(leg kernel.Leg) bool { return leg.Link == t.cfg.Link })
+}
+
+// legsOf returns the legs of routes through an object; told, what a message said of them, if the object is not known.
+func (t *Table) legsOf(id uint32, told []kernel.Leg) []kernel.Leg {
+	if n := t.nextHops[id]; n != nil {
+		return n.legs
+	}
+	t.missing[id] = true
+	return told
+}
+
+// DeleteNextHop takes the deletion of a nexthop object: its routes go with it, most of them untold (kernel.md A14), and
+// groups lose a leg.
+func (t *Table) DeleteNextHop(id uint32) {
+	delete(t.missing, id)
+	n := t.nextHops[id]
+	if n == nil {
+		return
+	}
+	delete(t.nextHops, id)
+	for _, member := range n.Group {
+		removeFrom(t.memberOf, member.ID, id)
+	}
+	for _, shape := range slices.Collect(maps.Keys(t.shapes.byNextHop[id])) {
+		for _, k := range slices.Collect(maps.Keys(t.shapes.all[shape].users)) {
+			e := t.open(k)
+			for i := len(e.chain) - 1; i >= 0; i-- {
+				if e.chain[i].shape == shape {
+					e.note(i)
+					e.remove(i)
+				}
+			}
+			e.close()
+		}
+	}
+	for _, id := range slices.Collect(maps.Keys(t.memberOf[id])) {
+		group := t.nextHops[id].NextHop
+		group.Group = slices.DeleteFunc(slices.Clone(group.Group), func(leg kernel.NextHopLeg) bool { return leg.ID == n.ID })
+		if len(group.Group) == 0 {
+			t.DeleteNextHop(id)
+		} else {
+			t.SetNextHop(group)
+		}
+	}
+}
+
+// SetNextHops takes a dump of all nexthop objects: those that are not in it are deleted. To be called before the routes are
+// dumped.
+func (t *Table) SetNextHops(all []kernel.NextHop) {
+	there := make(map[uint32]bool, len(all))
+	for _, n := range all {
+		there[n.ID] = true
+	}
+	for _, id := range slices.Collect(maps.Keys(t.nextHops)) {
+		if !there[id] {
+			t.DeleteNextHop(id)
+		}
+	}
+	for _, groups := range []bool{false, true} {
+		for _, n := range all {
+			if groups == (len(n.Group) > 0) {
+				t.SetNextHop(n)
+			}
+		}
+	}
+}
+
+// MissingNextHops returns, once, the ids of objects that routes lead through and nobody has told of.
+func (t *Table) MissingNextHops() []uint32 {
+	ids := slices.Sorted(maps.Keys(t.missing))
+	clear(t.missing)
+	return ids
+}

@@ -1,0 +1,245 @@
+package fib
+
+import (
+	"net/netip"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// Doubts returns the prefixes with routes that may be gone or stand elsewhere, each once after something has changed there;
+// all: also those that were returned before, because another route may have hidden them. Each is to be asked about: an
+// address of it (Probe) in a RTM_F_FIB_MATCH, the kernel's answer to Settle. What stays hidden stays doubtful until a quiet dump.
+func (t *Table) Doubts(all bool) []netip.Prefix {
+	seen := make(map[key]bool)
+	var prefixes []netip.Prefix
+	for k, ask := range t.doubts {
+		if !ask && !all {
+			continue
+		}
+		t.doubts[k] = false
+		k.table = 0
+		if !seen[k] {
+			seen[k] = true
+			prefixes = append(prefixes, k.prefix())
+		}
+	}
+	return prefixes
+}
+
+// Doubtful is the number of prefixes with doubtful routes, counted by table.
+func (t *Table) Doubtful() int { return len(t.doubts) }
+
+// Probe returns an address of prefix by which to ask about it: one that longest, the longest known prefix for an address,
+// gives to no longer one. It begins behind after, if that is valid: a prefix that has turned out to cover the last address. False
+// if there is none, or it is not found soon.
+func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, bool)) (netip.Addr, bool) {
+	const tries = 64
+	addr := prefix.Masked().Addr()
+	if !prefix.IsSingleIP() {
+		addr = addr.Next() // the first may be an anycast address of our own
+	}
+	if after.IsValid() {
+		addr = behind(after)
+	}
+	for range tries {
+		if !addr.IsValid() || !prefix.Contains(addr) {
+			return netip.Addr{}, false
+		}
+		q, ok := longest(addr)
+		if !ok || q.Bits() <= prefix.Bits() {
+			return addr, true
+		}
+		addr = behind(q)
+	}
+	return netip.Addr{}, false
+}
+
+// Unanswered returns what to begin behind, as Settle does, after the kernel has answered for addr with another error than
+// ENETUNREACH: a longer prefix leads nowhere, but the kernel does not tell how long it is. try counts from 0.
+func Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.Prefix {
+	bits := addr.BitLen()
+	if try > 0 {
+		bits = min(prefix.Bits()+1, bits)
+	}
+	p, _ := addr.Prefix(bits)
+	return p
+}
+
+// behind returns the address that follows the last of a prefix, the zero Addr if there is none.
+func behind(p netip.Prefix) netip.Addr {
+	b := p.Addr().AsSlice()
+	for i := p.Bits(); i < 8*len(b); i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	return last.Next()
+}
+
+// Settle takes the kernel's answer for addr, an address of a doubtful prefix; got is nil where it knows no route (ENETUNREACH;
+// of other errors nothing follows: Unanswered). The answer must be no older than the announcements that were applied. If a
+// longer prefix hides this one, or may, it returns that: then ask by another address, beginning behind it.
+func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRoute) (hidden netip.Prefix) {
+	k := keyOf(prefix, 0)
+	if got != nil && (got.Prefix.Addr().Is6() != k.is6 || !got.Prefix.IsValid()) {
+		return hidden
+	}
+	if k.is6 && (got == nil && len(t.nextHops) > 0 || got != nil && got.NextHop != 0) {
+		// IPv6 routes through one nexthop object share its cached entries, which tell of the route that was used first
+		// (net/ipv6/route.c, rt6_get_pcpu_route): prefix, table, metric, even the group are not those of the match. When
+		// that route is gone the kernel answers ENETUNREACH, and goes on to forward.
+		t.untold[k] = struct{}{}
+		hidden, _ = addr.Prefix(addr.BitLen())
+		if got != nil && got.Prefix.Bits() > prefix.Bits() && got.Prefix.Contains(addr) {
+			hidden = got.Prefix
+		}
+		return hidden
+	}
+	if got != nil && got.Prefix.Bits() > prefix.Bits() {
+		return got.Prefix
+	}
+	order := t.order[k.family()]
+	if got != nil && !looksAt(order, got.Table) {
+		return hidden // it is not known which tables come before that
+	}
+	for _, step := range order {
+		k.table = t.tables[step.Table]
+		here := got != nil && got.Table == step.Table && int16(got.Prefix.Bits()) > step.Suppress
+		if step.Selective || int16(k.bits) <= step.Suppress {
+			if here {
+				return hidden
+			}
+			continue
+		}
+		if here && got.Prefix.Bits() == prefix.Bits() {
+			e := t.open(k)
+			e.found(got)
+			e.rest()
+		} else if q, ok := t.thrown(k.table, prefix, addr); !ok {
+			e := t.open(k)
+			e.absent(0, len(e.chain))
+			e.rest()
+		} else if q != prefix {
+			hidden = q // of this table the answer tells nothing: for another address it may
+		}
+		if here {
+			return hidden
+		}
+	}
+	return hidden
+}
+
+// matters says whether the answer for a prefix rests on something doubtful.
+func (t *Table) matters(k key) bool {
+	for table := range t.cfg.Tables {
+		k.table = uint16(table)
+		metric, live := uint32(0), false
+		for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
+			c := t.entries.at(i)
+			if live && c.metric != metric {
+				break
+			}
+			if t.shapes.all[c.shape].kind != Absent {
+				metric, live = c.metric, true
+			}
+			if c.state&doubtful != 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// thrown returns which prefix, not shorter than the given one, throws for addr in a table.
+func (t *Table) thrown(table uint16, prefix netip.Prefix, addr netip.Addr) (netip.Prefix, bool) {
+	if t.throws == 0 {
+		return netip.Prefix{}, false
+	}
+	for bits := addr.BitLen(); bits >= prefix.Bits(); bits-- {
+		p, err := addr.Prefix(bits)
+		if err != nil {
+			break
+		}
+		for i := t.heads[keyOf(p, table)]; i != 0; i = t.entries.at(i).next {
+			if t.shapes.all[t.entries.at(i).shape].throw {
+				return p, true
+			}
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+func looksAt(order []Step, table uint32) bool {
+	for _, step := range order {
+		if step.Table == table {
+			return true
+		}
+	}
+	return false
+}
+
+// answers says whether the kernel's look-up ends at the route at i: it passes over the dead.
+func (e *edit) answers(i int) bool { return e.shape(i).kind != Absent || e.shape(i).throw }
+
+// absent removes the doubtful routes of a range that the kernel would have answered with.
+func (e *edit) absent(lo, hi int) {
+	for i := hi - 1; i >= lo; i-- {
+		if e.chain[i].state&doubtful != 0 && e.answers(i) {
+			e.remove(i)
+		}
+	}
+}
+
+// found takes the route with which the kernel answers for the prefix: it stands before all others that are in use.
+func (e *edit) found(got *kernel.FIBRoute) {
+	lo, hi := e.group(got.Metric)
+	for i := hi - 1; i >= 0; i-- {
+		if i < lo || e.key.is6 && rank(e.shape(i).route.Pref) > rank(got.Pref) {
+			e.absent(i, i+1)
+		}
+	}
+	lo, hi = e.group(got.Metric)
+	n, mine := e.t.admit(got, lo < hi)
+	defer e.t.leave(n.shape)
+	if !mine {
+		if lo < hi && e.chain[lo].before == 0 {
+			e.chain[lo].before, e.chain[lo].state = 1, e.chain[lo].state|moreBefore
+		}
+		return
+	}
+	at := e.find(lo, hi, n.shape)
+	if j := e.joined(lo, hi); j >= 0 && e.shapeJoins(n.shape) {
+		at = j
+	}
+	if at < 0 {
+		n.state = moreBefore
+		e.insert(lo, n)
+		return
+	}
+	if e.chain[at].shape != n.shape {
+		e.swap(at, n.shape)
+	}
+	if e.chain[at].state&doubtful != 0 {
+		e.changed = true
+	}
+	e.settle(at)
+	for i := lo; i < at; i++ {
+		if e.answers(i) && (!e.key.is6 || rank(e.shape(i).route.Pref) >= rank(e.shape(at).route.Pref)) {
+			c := e.chain[at]
+			copy(e.chain[i+1:at+1], e.chain[i:at])
+			e.chain[i] = c
+			e.changed = true
+			for j := i + 1; j <= at; j++ {
+				e.chain[j].state |= doubtful
+			}
+			return
+		}
+	}
+}
+
+// rest writes the chain back; what is still doubtful has been asked about.
+func (e *edit) rest() {
+	e.close()
+	if _, ok := e.t.doubts[e.key]; ok {
+		e.t.doubts[e.key] = false
+	}
+}
