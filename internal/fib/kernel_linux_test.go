@@ -106,7 +106,10 @@ func (l *lab) hear(t *testing.T) {
 	t.Helper()
 	l.do(t, nextHopMessage(unix.RTM_NEWNEXTHOP, kernel.NextHop{ID: markerID, Blackhole: true}), nextHopMessage(unix.RTM_DELNEXTHOP, kernel.NextHop{ID: markerID}))
 	for {
-		messages, err := l.listener.Receive()
+		if err := l.listener.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		messages, err := l.listener.Next()
 		if err != nil {
 			t.Fatal(err)
 		}
