@@ -37,7 +37,7 @@ func (d *tunDevice) Reload(cfg Config) error {
 	d.viewMu.Unlock()
 	d.bare.Store(next.NoFilter)
 	d.logTo(next.Logger)
-	d.tree.change(staticRoutes, forget)
+	d.tree.change(forget)
 	return nil
 }
 

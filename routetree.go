@@ -52,20 +52,26 @@ func (l *layer) compete(p netip.Prefix, o offer) {
 	l.Insert(p, o)
 }
 
-// changesTo lists what makes l of the same content as next.
-func (l *layer) changesTo(next *layer) []change {
-	var changes []change
-	for p, o := range next.All() {
-		if have, ok := l.Get(p); !ok || have != o {
-			changes = append(changes, change{prefix: p, offer: o})
+// source is what the tree asks of a layer, with its lock held.
+type source interface {
+	Get(netip.Prefix) (offer, bool)
+	All() iter.Seq2[netip.Prefix, offer]
+}
+
+// differing lists the prefixes of which two layers say different things.
+func differing(was, is source) []netip.Prefix {
+	var prefixes []netip.Prefix
+	for p, o := range is.All() {
+		if had, ok := was.Get(p); !ok || had != o {
+			prefixes = append(prefixes, p)
 		}
 	}
-	for p := range l.All() {
-		if _, ok := next.Get(p); !ok {
-			changes = append(changes, change{prefix: p, gone: true})
+	for p := range was.All() {
+		if _, ok := is.Get(p); !ok {
+			prefixes = append(prefixes, p)
 		}
 	}
-	return changes
+	return prefixes
 }
 
 // staticLayer is what a valid Config says of the prefixes in only (nil: of all); a pure function of it, but for the gateways'
@@ -92,59 +98,77 @@ type change struct {
 	gone   bool
 }
 
-// layerName tells the layers of a routeTree apart.
-type layerName int
-
-const (
-	staticRoutes  layerName = iota // the Config's
-	learnedRoutes                  // the kernel's
-	layerNames
-)
-
 // routeTree holds what Config and kernel say of each prefix, and publishes what follows from both as one immutable snapshot.
 // Writers take turns; readers load one pointer and never wait. The zero value is empty.
 type routeTree struct {
 	pool      gatewayPool
 	current   atomic.Pointer[snapshot]
-	mu        sync.Mutex         // of all below
-	layers    [layerNames]*layer // nil: empty
-	published int                // snapshots so far
+	mu        sync.Mutex // of all below
+	config    *layer     // the static layer; nil: empty
+	kernel    source     // the learned one; nil: nothing is learned
+	published int        // snapshots so far
 }
 
 // lookup returns the answer for dst by longest prefix, from what is published.
 func (t *routeTree) lookup(dst netip.Addr) (Gateways, bool) { return t.current.Load().lookup(dst) }
 
-// replace makes next, which it keeps, the whole content of a layer, in one publication at most. Beyond a comparison of the two it
-// costs what differs: a Reload beside a million learned routes does not build them anew.
-func (t *routeTree) replace(name layerName, next *layer) {
+// replace makes next, which it keeps, the whole static layer, in one publication at most. Beyond a comparison of the two it costs
+// what differs: a Reload beside a million learned routes does not build them anew.
+func (t *routeTree) replace(next *layer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	changes := t.layerLocked(name).changesTo(next)
-	t.layers[name] = next
-	t.publishLocked(changes)
+	prefixes := differing(t.staticLocked(), next)
+	t.config = next
+	t.publishLocked(prefixes)
 }
 
-// change applies changes to a layer, the last for a prefix being in force, in one publication at most. What it costs follows
-// from their number. Applied again they do nothing; the caller reverts with changes that say what was before.
-func (t *routeTree) change(name layerName, changes []change) {
+// change applies changes to the static layer, the last for a prefix being in force, in one publication at most. What it costs
+// follows from their number. Applied again they do nothing; the caller reverts with changes that say what was before.
+func (t *routeTree) change(changes []change) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	l := t.layerLocked(name)
+	static := t.staticLocked()
+	prefixes := make([]netip.Prefix, len(changes))
 	for i := range changes {
-		if c := &changes[i]; c.gone {
-			l.Delete(c.prefix)
+		c := &changes[i]
+		if prefixes[i] = c.prefix; c.gone {
+			static.Delete(c.prefix)
 		} else {
-			l.Insert(c.prefix, c.offer)
+			static.Insert(c.prefix, c.offer)
 		}
 	}
-	t.publishLocked(changes)
+	t.publishLocked(prefixes)
+}
+
+// follow makes next, nil for none, the learned layer. From then on whoever changes what it says does so with the tree's lock, by
+// refresh.
+func (t *routeTree) follow(next source) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var was, is source = new(layer), new(layer)
+	if t.kernel != nil {
+		was = t.kernel
+	}
+	if next != nil {
+		is = next
+	}
+	prefixes := differing(was, is)
+	t.kernel = next
+	t.publishLocked(prefixes)
+}
+
+// refresh runs update, which may change what the learned layer says of the prefixes that it returns, and publishes what follows.
+func (t *routeTree) refresh(update func() []netip.Prefix) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.publishLocked(update())
 }
 
 // routed says whether the Config has a route or a network of this very prefix.
 func (t *routeTree) routed(prefix netip.Prefix) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	_, ok := t.layerLocked(staticRoutes).Get(prefix)
+	_, ok := t.staticLocked().Get(prefix)
 	return ok
 }
 
@@ -152,23 +176,23 @@ func (t *routeTree) routed(prefix netip.Prefix) bool {
 func (t *routeTree) longest(addr netip.Addr) netip.Prefix {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	prefix, _, _ := t.layerLocked(staticRoutes).LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
+	prefix, _, _ := t.staticLocked().LookupPrefixLPM(netip.PrefixFrom(addr, addr.BitLen()))
 	return prefix
 }
 
-func (t *routeTree) layerLocked(name layerName) *layer {
-	if t.layers[name] == nil {
-		t.layers[name] = new(layer)
+func (t *routeTree) staticLocked() *layer {
+	if t.config == nil {
+		t.config = new(layer)
 	}
-	return t.layers[name]
+	return t.config
 }
 
-// publishLocked publishes what became of the prefixes of changes, if anybody could tell.
-func (t *routeTree) publishLocked(changes []change) {
+// publishLocked publishes what became of the prefixes, if anybody could tell.
+func (t *routeTree) publishLocked(prefixes []netip.Prefix) {
 	now := t.current.Load()
-	edits := make([]edit, 0, len(changes))
-	for i := range changes {
-		e := t.editLocked(changes[i].prefix)
+	edits := make([]edit, 0, len(prefixes))
+	for _, p := range prefixes {
+		e := t.editLocked(p)
 		if have, ok := now.get(e.prefix); ok == e.gone || have != e.gateways {
 			edits = append(edits, e)
 		}
@@ -181,8 +205,12 @@ func (t *routeTree) publishLocked(changes []change) {
 
 // editLocked is what the layers together say of p.
 func (t *routeTree) editLocked(p netip.Prefix) edit {
-	static, inStatic := t.layerLocked(staticRoutes).Get(p)
-	learned, inLearned := t.layerLocked(learnedRoutes).Get(p)
+	static, inStatic := t.staticLocked().Get(p)
+	var learned offer
+	inLearned := false
+	if t.kernel != nil {
+		learned, inLearned = t.kernel.Get(p)
+	}
 	gateways, ok := merge(static, inStatic, learned, inLearned)
 	return edit{prefix: p, gateways: gateways, gone: !ok}
 }
@@ -219,8 +247,16 @@ func (s *snapshot) lookup(dst netip.Addr) (Gateways, bool) {
 	if s == nil {
 		return Gateways{}, false
 	}
-	return s.tree().Lookup(dst)
+	g, ok := s.tree().Lookup(dst)
+	if g.set == nowhere {
+		return Gateways{}, false
+	}
+	return g, ok
 }
+
+// nowhere is the answer for a prefix of which the kernel has a route that leads to no overlay host: none, and no shorter prefix's
+// either.
+var nowhere = new(gatewaySet)
 
 // get returns the answer for a very prefix.
 func (s *snapshot) get(p netip.Prefix) (Gateways, bool) {
@@ -233,8 +269,13 @@ func (s *snapshot) get(p netip.Prefix) (Gateways, bool) {
 // all iterates the prefixes with their answers, sorted.
 func (s *snapshot) all() iter.Seq2[netip.Prefix, Gateways] {
 	return func(yield func(netip.Prefix, Gateways) bool) {
-		if s != nil {
-			s.tree().AllSorted()(yield)
+		if s == nil {
+			return
+		}
+		for prefix, gateways := range s.tree().AllSorted() {
+			if gateways.set != nowhere && !yield(prefix, gateways) {
+				return
+			}
 		}
 	}
 }
@@ -295,12 +336,12 @@ func (c *core) learn(cfg *Config, touched map[netip.Prefix]bool) (forget []chang
 			forget = append(forget, change{prefix: p, gone: true})
 		}
 	}
-	c.tree.change(staticRoutes, changes)
+	c.tree.change(changes)
 	return forget
 }
 
 // publishTouched learns and forgets at once.
 func (c *core) publishTouched(cfg *Config, touched map[netip.Prefix]bool) {
 	forget := c.learn(cfg, touched)
-	c.tree.change(staticRoutes, forget)
+	c.tree.change(forget)
 }

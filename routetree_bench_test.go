@@ -86,7 +86,7 @@ func learnedTree(list []netip.Prefix) *routeTree {
 	for i, p := range list {
 		changes[i] = change{prefix: p, offer: offer{gateways: tree.pool.intern([]Gateway{{Addr: netip.AddrFrom4([4]byte{10, 0, 0, byte(i % 64)})}})}}
 	}
-	tree.change(learnedRoutes, changes)
+	tree.changeLayer(learnedRoutes, changes)
 	return tree
 }
 
@@ -167,7 +167,7 @@ func BenchmarkTreeChange(b *testing.B) {
 			for i := 0; b.Loop(); i++ {
 				p := list[r.IntN(len(list))]
 				start := time.Now()
-				tree.change(learnedRoutes, []change{{prefix: p, offer: offer{gateways: vias[i%2]}, gone: i%8 == 7}})
+				tree.changeLayer(learnedRoutes, []change{{prefix: p, offer: offer{gateways: vias[i%2]}, gone: i%8 == 7}})
 				times = append(times, time.Since(start))
 			}
 			slices.Sort(times)

@@ -98,7 +98,7 @@ func TestTouchedPrefixes(t *testing.T) {
 		if revert {
 			c.publishTouched(&old, touched)
 		} else {
-			c.tree.change(staticRoutes, forget)
+			c.tree.changeLayer(staticRoutes, forget)
 		}
 		treeHolds(t, "settled", &c, last)
 		if c.tree.published != 3 {
@@ -118,7 +118,7 @@ func TestPublishTouchedKeepsOld(t *testing.T) {
 	var c core
 	c.publish(&old)
 	learned := change{prefix: netip.MustParsePrefix("10.5.0.0/16")}
-	c.tree.change(learnedRoutes, []change{learned})
+	c.tree.changeLayer(learnedRoutes, []change{learned})
 	changes := changedRoutes(old.Routes, next.Routes)
 	c.learn(&next, changes.touched(&old, &next))
 	treeHolds(t, "both", &c, &next, netip.MustParsePrefix("10.2.0.0/16"), learned.prefix)
@@ -128,8 +128,8 @@ func TestPublishTouchedKeepsOld(t *testing.T) {
 
 func TestTreeTakesWhatIsNoPrefix(t *testing.T) {
 	var tree routeTree
-	tree.change(learnedRoutes, []change{{}, {gone: true}, {prefix: netip.PrefixFrom(netip.MustParseAddr("10.0.0.1"), 99)}})
-	tree.change(learnedRoutes, []change{{prefix: netip.MustParsePrefix("10.1.2.3/16")}}) // host bits
+	tree.changeLayer(learnedRoutes, []change{{}, {gone: true}, {prefix: netip.PrefixFrom(netip.MustParseAddr("10.0.0.1"), 99)}})
+	tree.changeLayer(learnedRoutes, []change{{prefix: netip.MustParsePrefix("10.1.2.3/16")}}) // host bits
 	for _, addr := range []netip.Addr{{}, netip.MustParseAddr("fe80::1%eth0"), netip.MustParseAddr("10.2.0.0")} {
 		if got, ok := tree.lookup(addr); ok {
 			t.Errorf("lookup of %v = %v, want none", addr, got)
@@ -142,7 +142,7 @@ func TestTreeTakesWhatIsNoPrefix(t *testing.T) {
 
 func TestTreeLookupAllocatesNothing(t *testing.T) {
 	var c core
-	c.tree.change(learnedRoutes, routesAt(10_000, offer{gateways: c.tree.pool.intern(via("10.0.0.2", "10.0.0.3"))}))
+	c.tree.changeLayer(learnedRoutes, routesAt(10_000, offer{gateways: c.tree.pool.intern(via("10.0.0.2", "10.0.0.3"))}))
 	for _, dst := range []netip.Addr{
 		netip.MustParseAddr("10.0.5.1"), netip.MustParseAddr("11.0.0.1"), netip.MustParseAddr("fd00:0:0:5::1"), netip.MustParseAddr("fe80::1%lo"), {},
 	} {
@@ -156,7 +156,7 @@ func TestTreeLookupAllocatesNothing(t *testing.T) {
 func TestTreeChangeCostIsIndependentOfSize(t *testing.T) {
 	cost := func(n int) (least uint64) {
 		var tree routeTree
-		tree.change(learnedRoutes, routesAt(n, offer{metric: 1}))
+		tree.changeLayer(learnedRoutes, routesAt(n, offer{metric: 1}))
 		vias := []Gateways{tree.pool.intern(via("10.0.0.2")), {}}
 		least = 1 << 62
 		for i := range 20 { // others allocate too, at times
@@ -167,7 +167,7 @@ func TestTreeChangeCostIsIndependentOfSize(t *testing.T) {
 			}
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
-			tree.change(learnedRoutes, changes)
+			tree.changeLayer(learnedRoutes, changes)
 			runtime.ReadMemStats(&after)
 			least = min(least, after.TotalAlloc-before.TotalAlloc)
 		}

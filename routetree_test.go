@@ -152,9 +152,9 @@ func playTree(t *testing.T, bytes []byte) {
 				c.gone = false
 				model.change(name, []change{c})
 			}
-			tree.replace(name, l)
+			tree.replaceLayer(name, l)
 		} else {
-			tree.change(name, changes)
+			tree.changeLayer(name, changes)
 			model.change(name, changes)
 		}
 		now := model.merged()
@@ -232,7 +232,7 @@ func TestTreeMergeRule(t *testing.T) {
 		p := netip.MustParsePrefix("10.1.0.0/16")
 		for _, order := range [][]layerName{{staticRoutes, learnedRoutes}, {learnedRoutes, staticRoutes}} {
 			for _, name := range order {
-				tree.change(name, []change{{prefix: p, offer: [...]offer{c.static, c.learned}[name]}})
+				tree.changeLayer(name, []change{{prefix: p, offer: [...]offer{c.static, c.learned}[name]}})
 			}
 			want := c.learned.gateways
 			if c.wantStatic {
@@ -259,16 +259,16 @@ func testLayerBack(t *testing.T, below layerName, stays offer, above layerName, 
 	for _, p := range prefixes("10.1.0.0/16", "10.1.2.3/32", "0.0.0.0/0", "fd00:1::/64", "::/0", "fd00::1/128") {
 		var tree routeTree
 		stays.gateways, goes.gateways = tree.pool.intern(via("10.0.0.2")), tree.pool.intern(via("10.0.0.3"))
-		tree.change(below, []change{{prefix: p, offer: stays}})
-		tree.change(above, []change{{prefix: p, offer: goes}})
+		tree.changeLayer(below, []change{{prefix: p, offer: stays}})
+		tree.changeLayer(above, []change{{prefix: p, offer: goes}})
 		if got, _ := tree.lookup(p.Addr()); got != goes.gateways {
 			t.Errorf("%v goes through %v, want %v, of the lower metric", p, got, goes.gateways)
 		}
-		tree.change(above, []change{{prefix: p, gone: true}})
+		tree.changeLayer(above, []change{{prefix: p, gone: true}})
 		if got, ok := tree.lookup(p.Addr()); !ok || got != stays.gateways {
 			t.Errorf("%v goes through %v, %t after the delete, want %v back", p, got, ok, stays.gateways)
 		}
-		tree.change(below, []change{{prefix: p, gone: true}})
+		tree.changeLayer(below, []change{{prefix: p, gone: true}})
 		if got, ok := tree.lookup(p.Addr()); ok {
 			t.Errorf("%v goes through %v after both deletes, want no route", p, got)
 		}
@@ -289,14 +289,14 @@ func routesAt(n int, o offer) []change {
 
 func TestTreeBurstIsOnePublication(t *testing.T) {
 	var tree routeTree
-	tree.change(staticRoutes, routesAt(10_000, offer{metric: 10}))
+	tree.changeLayer(staticRoutes, routesAt(10_000, offer{metric: 10}))
 	for i, burst := range [][]change{
 		routesAt(20_000, offer{metric: 5, gateways: tree.pool.intern(via("10.0.0.2"))}), // as many as to make a copy
 		routesAt(10, offer{metric: 5, gateways: tree.pool.intern(via("10.0.0.3"))}),     // one by one
 	} {
 		before := tree.published
-		tree.change(learnedRoutes, burst)
-		tree.change(learnedRoutes, burst)
+		tree.changeLayer(learnedRoutes, burst)
+		tree.changeLayer(learnedRoutes, burst)
 		if got := tree.published - before; got != 1 {
 			t.Errorf("burst %d, sent twice, took %d publications, want 1", i, got)
 		}
@@ -330,8 +330,8 @@ func TestTreeReadersSeeWholeBursts(t *testing.T) {
 	var tree routeTree
 	sides := [2]Gateways{tree.pool.intern(via("10.0.0.2")), tree.pool.intern(via("10.0.0.3"))}
 	steady := offer{metric: 10, gateways: tree.pool.intern(via("10.0.0.4"))}
-	tree.change(staticRoutes, []change{{prefix: netip.MustParsePrefix("11.0.0.0/8"), offer: steady}})
-	tree.change(staticRoutes, routesAt(4000, offer{metric: 10, gateways: sides[0]}))
+	tree.changeLayer(staticRoutes, []change{{prefix: netip.MustParsePrefix("11.0.0.0/8"), offer: steady}})
+	tree.changeLayer(staticRoutes, routesAt(4000, offer{metric: 10, gateways: sides[0]}))
 	done := make(chan struct{})
 	var readers sync.WaitGroup
 	for range 2 {
@@ -364,8 +364,48 @@ func TestTreeReadersSeeWholeBursts(t *testing.T) {
 			changes[j].gone = i%4 >= 2
 		}
 		changes = append(changes, change{prefix: netip.MustParsePrefix("10.0.20.0/24"), offer: changes[0].offer, gone: changes[0].gone})
-		tree.change(learnedRoutes, changes)
+		tree.changeLayer(learnedRoutes, changes)
 	}
 	close(done)
 	readers.Wait()
+}
+
+// layerName tells the layers of a routeTree apart.
+type layerName int
+
+const (
+	staticRoutes layerName = iota
+	learnedRoutes
+	layerNames
+)
+
+// changeLayer is change for either layer. The learned one is a layer like the other here.
+func (t *routeTree) changeLayer(name layerName, changes []change) {
+	if name == staticRoutes {
+		t.change(changes)
+		return
+	}
+	t.refresh(func() (prefixes []netip.Prefix) {
+		if t.kernel == nil {
+			t.kernel = new(layer)
+		}
+		l := t.kernel.(*layer)
+		for _, c := range changes {
+			if prefixes = append(prefixes, c.prefix); c.gone {
+				l.Delete(c.prefix)
+			} else {
+				l.Insert(c.prefix, c.offer)
+			}
+		}
+		return prefixes
+	})
+}
+
+// replaceLayer is replace for either layer.
+func (t *routeTree) replaceLayer(name layerName, next *layer) {
+	if name == staticRoutes {
+		t.replace(next)
+	} else {
+		t.follow(next)
+	}
 }
