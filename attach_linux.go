@@ -346,7 +346,7 @@ func (o *opener) linkOf(fd int) (kernel.Link, error) {
 		if err != nil {
 			return kernel.Link{}, err
 		}
-		if _, err := o.sameNamespace(fd); errors.Is(err, errElsewhere) {
+		if _, err := sameNamespace(fd); errors.Is(err, errElsewhere) {
 			break
 		} else if err != nil {
 			return kernel.Link{}, err
@@ -360,7 +360,7 @@ func (o *opener) linkOf(fd int) (kernel.Link, error) {
 
 // sameNamespace compares the network namespace of the device behind fd with the thread's. Without CAP_NET_ADMIN the kernel
 // does not tell (kernel.md V17).
-func (o *opener) sameNamespace(fd int) (verified bool, err error) {
+func sameNamespace(fd int) (verified bool, err error) {
 	there, err := deviceNetNS(fd)
 	if errors.Is(err, os.ErrPermission) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTTY) {
 		return false, nil // EINVAL and ENOTTY: a kernel before 5.10
