@@ -406,9 +406,6 @@ func TestFailedNewChangesNothing(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
 	nstest.Leaks(t)
 	ns := nstest.New(t)
-	ns.Run(t, fmt.Sprint("ip tuntap add dev one mode tun user ", otherID()))
-	ns.Run(t, fmt.Sprint("ip tuntap add dev many mode tun multi_queue group ", otherID()))
-	same := unchanged(t, ns)
 	for _, cfg := range []Config{
 		{Name: "x"},
 		{Name: "x", Persist: true, Owner: otherID(), Group: otherID()},
@@ -418,6 +415,9 @@ func TestFailedNewChangesNothing(t *testing.T) {
 		{Name: "many", Mode: AttachOrCreate, Queues: 1},
 	} {
 		cfg.NetNS = ns.Path()
+		ns.Run(t, fmt.Sprint("ip tuntap add dev one mode tun pi vnet_hdr user ", otherID()))
+		ns.Run(t, fmt.Sprint("ip tuntap add dev many mode tun multi_queue pi vnet_hdr group ", otherID()))
+		same := unchanged(t, ns)
 		clean := func() { // after success
 			if cfg.Persist {
 				ns.Run(t, "ip", "link", "del", strings.Replace(cfg.Name, "%d", "0", 1))
@@ -464,5 +464,7 @@ func TestFailedNewChangesNothing(t *testing.T) {
 		if failures < 2 {
 			t.Errorf("%+v: only %d failures", cfg, failures)
 		}
+		ns.Run(t, "ip link del one")
+		ns.Run(t, "ip link del many")
 	}
 }
