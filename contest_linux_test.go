@@ -203,30 +203,35 @@ func TestDeletedDuringActivate(t *testing.T) {
 func TestMovedDuringActivate(t *testing.T) {
 	l := newLab(t)
 	elsewhere := nstest.New(t)
-	var stranger []string
-	disturb(l, contested(), func(d *tunDevice, question bool) {
-		stranger = nil
-		if question { // between the last look at the descriptor and a send nobody can tell
-			stranger = replaceBy(l, d, elsewhere)
-		}
-	}, func(when moment, d *tunDevice, err error) {
-		if stranger == nil {
-			return
-		}
-		if !errors.Is(err, ErrGone) && !(err == nil && when.late) || errors.Is(err, ErrPartial) {
-			t.Errorf("moved before %s: %v", when, err)
-		}
-		if e := l.event(d, EventGone); !errors.Is(e.Err, errMoved) {
-			t.Errorf("event %v", e)
-		}
-		if s := d.State(); s.Index != 0 {
-			t.Errorf("state %+v: the number is another's", s)
-		}
-		if err := errors.Join(d.Activate(), d.Reload(Config{NetNS: l.ns.Path()})); strings.Count(fmt.Sprint(err), ErrGone.Error()) != 2 {
-			t.Errorf("Activate and Reload again: %v", err)
-		}
-		l.want("the stranger, moved before "+when.text, l.kernelState(), stranger...)
-	})
+	for _, deaf := range []bool{false, true} { // deaf: all is left to the look before each change
+		var stranger []string
+		disturb(l, contested(), func(d *tunDevice, question bool) {
+			stranger = nil
+			if deaf {
+				d.watch.stop()
+			}
+			if question { // between the last look at the descriptor and a send nobody can tell
+				stranger = replaceBy(l, d, elsewhere)
+			}
+		}, func(when moment, d *tunDevice, err error) {
+			if stranger == nil {
+				return
+			}
+			if !errors.Is(err, ErrGone) && !(err == nil && when.late) || errors.Is(err, ErrPartial) {
+				t.Errorf("moved before %s, deaf %v: %v", when, deaf, err)
+			}
+			if s := d.State(); s.Index != 0 {
+				t.Errorf("state %+v: the number is another's", s)
+			}
+			if err := errors.Join(d.Activate(), d.Reload(Config{NetNS: l.ns.Path()})); strings.Count(fmt.Sprint(err), ErrGone.Error()) != 2 {
+				t.Errorf("deaf %v, Activate and Reload again: %v", deaf, err)
+			}
+			if e := l.event(d, EventGone); !errors.Is(e.Err, errMoved) {
+				t.Errorf("event %v", e)
+			}
+			l.want(fmt.Sprintf("the stranger, moved before %s, deaf %v", when, deaf), l.kernelState(), stranger...)
+		})
+	}
 }
 
 // replaceBy moves a device to another namespace, and gives its name and number to a stranger that looks as it did.
