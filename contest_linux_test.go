@@ -361,3 +361,21 @@ func TestDeletedInsteadIsPutBack(t *testing.T) {
 		t.Errorf("messages %s, want the deletion and the way back", got)
 	}
 }
+
+// The step itself puts it back and says that the one meant was gone, without a look that would find it missing (kernel.md V13).
+func TestDeletedInsteadIsPutBackAtOnce(t *testing.T) {
+	l := newLab(t)
+	p := netip.MustParsePrefix("10.9.0.0/16")
+	d := l.active(Config{Networks: prefixes("10.42.0.1/24"), Routes: []Route{{Prefix: p, MTU: 700}, {Prefix: p, Metric: 50}}, NoHeal: true})
+	l.ip("route del 10.9.0.0/16 dev tun0 metric 0")
+	before := l.routes(d.index)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	want := desire(&d.cfg, d.index)
+	i := slices.IndexFunc(want.routes, func(r kernel.Route) bool { return r.Prefix == p && r.Metric == 0 })
+	s := step{kind: stepDelRoute, route: want.routes[i]}
+	if errs := d.apply([]step{s}); len(errs) != 1 || !errors.Is(errs[0], unix.ESRCH) || !s.held(errs[0]) {
+		t.Errorf("results %v, want %v", errs, unix.ESRCH)
+	}
+	l.want("routes", l.routes(d.index), before...)
+}
