@@ -425,7 +425,7 @@ func TestFailedNewChangesNothing(t *testing.T) {
 		}
 		failures := 0
 		for _, errno := range []error{unix.ENOMEM, unix.EPERM, unix.E2BIG, unix.EINVAL, io.ErrUnexpectedEOF} {
-			for n := 1; n <= cfg.Queues; n++ {
+			for n := 1; n <= cfg.queues(); n++ {
 				call := 0
 				d, err := newWith(cfg, func(fd int, name string, flags tunFlags) (string, error) {
 					if call++; call == n {
