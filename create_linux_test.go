@@ -401,6 +401,26 @@ func TestRenamedDuringLook(t *testing.T) {
 	}
 }
 
+// Nor does it take one that has the name as an alternative one for the moment of the look, and the device its own back afterwards.
+func TestAltnameDuringLook(t *testing.T) {
+	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
+	nstest.Leaks(t)
+	ns := nstest.New(t)
+	ns.Run(t, "ip tuntap add dev other mode tun")
+	other, _ := linkIn(t, ns, "other")
+	d := opened(t)(newTun(Config{Name: "x", NetNS: ns.Path()}, func(o *opener) (*attachment, error) {
+		o.conn = &around{
+			conn:   o.conn,
+			before: func() { ns.Run(t, "ip link set x name y"); ns.Run(t, "ip link property add dev other altname x") },
+			after:  func() { ns.Run(t, "ip link property del dev other altname x"); ns.Run(t, "ip link set y name x") },
+		}
+		return o.open()
+	}))
+	if link, ok := linkIn(t, ns, "x"); !ok || d.State().Index != link.Index || link.Index == other.Index {
+		t.Errorf("ours is %d, the other %d, the device took %d", link.Index, other.Index, d.(*tunDevice).index)
+	}
+}
+
 // Whichever ioctl or request fails, New leaves nothing behind, and an attached device as it was.
 func TestFailedNewChangesNothing(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
