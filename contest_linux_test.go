@@ -347,12 +347,13 @@ func TestDeletedInsteadIsPutBack(t *testing.T) {
 	route := func(metric int) Route { return Route{Prefix: netip.MustParsePrefix("10.9.0.0/16"), Metric: metric} }
 	cfg := Config{Networks: prefixes("10.42.0.1/24"), Routes: []Route{route(0), route(50)}}
 	d := l.active(cfg)
-	m, _ := meddle(d)
-	m.before = func(_ int, r rtnl.Message) {
-		if r.Type == unix.RTM_DELROUTE && !slices.Contains(m.log[:len(m.log)-1], "DELROUTE") {
-			l.ip("route del 10.9.0.0/16 dev " + d.lastLink().Name + " metric 0")
+	m, _ := meddle(d, func(m *meddler) {
+		m.before = func(_ int, r rtnl.Message) {
+			if r.Type == unix.RTM_DELROUTE && !slices.Contains(m.log[:len(m.log)-1], "DELROUTE") {
+				l.ip("route del 10.9.0.0/16 dev " + d.lastLink().Name + " metric 0")
+			}
 		}
-	}
+	})
 	cfg.Routes = cfg.Routes[1:]
 	l.reload(d, cfg)
 	l.want("routes", l.routes(d.index), "10.9.0.0/16 table 254 metric 50 proto 111 mtu 1300 mss 1260",
