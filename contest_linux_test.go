@@ -296,6 +296,7 @@ func TestUnfilteredDumps(t *testing.T) {
 	l.address("other0", "10.51.0.1/24", 111)
 	l.ip("route add 10.60.0.0/16 dev other0 proto 111\nroute add fd60::/64 dev other0 proto 111")
 	other := l.index("other0")
+	l.await("another's own address", func() bool { return !slices.ContainsFunc(l.addresses(other), isTentative) })
 	before := append(l.addresses(other), l.routes(other)...)
 	d := l.open(contested())
 	d.ctl = unfiltered{d.ctl}
@@ -306,6 +307,8 @@ func TestUnfilteredDumps(t *testing.T) {
 		t.Errorf("ours: %v", got)
 	}
 }
+
+func isTentative(line string) bool { return strings.HasSuffix(line, " tentative") }
 
 type unfiltered struct{ conn }
 
