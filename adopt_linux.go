@@ -96,7 +96,7 @@ func (a *attachment) acceptable(fd int, flags tunFlags) (err error) {
 // identify finds the interface, and makes sure that it is here and that no other queue of it swallows flows.
 func (o *opener) identify(a *attachment) (err error) {
 	for _, fd := range a.fds {
-		verified, err := o.sameNamespace(fd)
+		verified, err := sameNamespace(fd)
 		if errors.Is(err, errElsewhere) {
 			return fmt.Errorf("%w: name it in Config.NetNS", err)
 		}

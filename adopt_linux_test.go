@@ -387,6 +387,29 @@ func TestAdoptRefuses(t *testing.T) {
 	opened(t)(Adopt(Config{NetNS: ns.Path()}, duplicate(t, one)))
 }
 
+// An Adopt that fails after the descriptors were made ready for the poller gives the caller's their flags back: the open file is
+// shared with ours (kernel.md U40).
+func TestFailedAdoptGivesFlagsBack(t *testing.T) {
+	nstest.Require(t, nstest.TUN)
+	nstest.Leaks(t)
+	ns := nstest.New(t)
+	for n := range 3 {
+		name := fmt.Sprint("x", n)
+		fds := []int{rawTun(t, ns, name, plainMany), rawTun(t, ns, name, plainMany), rawTun(t, ns, name, plainMany)}
+		if err := unix.SetNonblock(fds[1], true); err != nil {
+			t.Fatal(err)
+		}
+		before := holdings(fds)
+		_, err := newTun(Config{NetNS: ns.Path(), Queues: 3}, func(o *opener) (*attachment, error) {
+			return spoilt(t, n)(o.adopt(fds))
+		})
+		wantOpError(t, name, err, os.ErrNoDeadline)
+		if after := holdings(fds); after != before {
+			t.Errorf("queue %d: had\n%shave\n%s", n, before, after)
+		}
+	}
+}
+
 // What Adopt refuses before any system call.
 func TestAdoptConfig(t *testing.T) {
 	for _, c := range []struct {

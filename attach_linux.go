@@ -19,10 +19,12 @@ type attachment struct {
 	flags      tunFlags // as read back
 	header     int      // bytes of virtio header before each packet
 	link       kernel.Link
-	persist    bool  // still to be made persistent
-	drain      bool  // what waits in the queues came under an earlier user's offload mask
-	adopted    []int // the caller's, of which fds are duplicates
-	unverified bool  // the device's namespace could not be compared with ours
+	persist    bool         // still to be made persistent
+	drain      bool         // what waits in the queues came under an earlier user's offload mask
+	adopted    []int        // the caller's, of which fds are duplicates
+	unverified bool         // the device's namespace could not be compared with ours
+	attached   int          // queues, so far
+	reframe    func() error // gives a prepared device its flags back; nil: not ours to do
 }
 
 // close closes the descriptors; a device that is not persistent goes with the last.
@@ -37,6 +39,18 @@ func (a *attachment) close() {
 // adopted device keeps its owner, and one that never had one is as open as the node.
 func (a *attachment) unowned() bool {
 	return a.link.Tun.MultiQueue && a.link.Tun.Owner < 0 && a.link.Tun.Group < 0
+}
+
+// abandon closes what was attached, because of err, and gives the device its flags back.
+func (a *attachment) abandon(err error, closeAll func()) error {
+	closeAll()
+	if a.attached == 0 || a.reframe == nil {
+		return err
+	}
+	if back := a.reframe(); back != nil {
+		return fmt.Errorf("%w (and its flags, which attaching changed, could not be put back: %v)", err, back)
+	}
+	return err
 }
 
 // queues makes queues of the descriptors, which are theirs from then on. Only when all else is done is the device changed
@@ -56,11 +70,12 @@ func (a *attachment) queues(bare *atomic.Bool) (queues []*tunQueue, err error) {
 	}
 	if err != nil {
 		undo()
-		for _, q := range queues {
-			q.Close()
-		}
-		a.close()
-		return nil, err
+		return nil, a.abandon(err, func() {
+			for _, q := range queues {
+				q.Close()
+			}
+			a.close()
+		})
 	}
 	for _, fd := range a.adopted {
 		unix.Close(fd)
@@ -219,14 +234,46 @@ func (o *opener) attachOnce() (*attachment, error) {
 		return nil, err
 	}
 	a := &attachment{fds: fds, link: link, drain: true}
+	a.reframe = func() error { return o.reframe(&link) }
 	if err = o.addQueues(a, fds, flags); err == nil {
 		err = o.onlyOurs(a)
 	}
 	if err != nil {
-		a.close()
-		return nil, err
+		return nil, a.abandon(err, a.close)
 	}
 	return a, nil
+}
+
+// reframe gives a device without queues the flags that it was prepared with, which say how packets look: the first queue sets them,
+// and they outlive it. So one is attached for a moment, with the old ones. Somebody else's would not notice: the flags of a queue
+// beside his have no effect. IFF_ONE_QUEUE, which means nothing any more, and IFF_NAPI are lost: netlink does not tell them.
+func (o *opener) reframe(prepared *kernel.Link) error {
+	link, err := o.linkByIndex(prepared.Index)
+	is, was := link.Tun, prepared.Tun
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return nil
+	case err != nil:
+		return err
+	case is.PacketInfo == was.PacketInfo && is.VnetHeader == was.VnetHeader:
+		return nil
+	case is.Queues+is.Disabled > 0:
+		return fmt.Errorf("%d of its queues are taken: %w", is.Queues+is.Disabled, unix.EBUSY)
+	}
+	flags := flagTUN
+	for flag, set := range map[tunFlags]bool{flagNoPI: !was.PacketInfo, flagVnetHeader: was.VnetHeader, flagMultiQueue: was.MultiQueue} {
+		if set {
+			flags |= flag
+		}
+	}
+	fd, err := openNode()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	_ = attachOnly(fd) // as in addQueues
+	_, err = setIff(fd, link.Name, flags)
+	return err
 }
 
 // attachable refuses a device before it is touched, and returns the flags to attach with.
@@ -258,6 +305,7 @@ func (o *opener) addQueues(a *attachment, fds []int, flags tunFlags) error {
 		if _, err := o.setIff(fd, a.link.Name, flags); err != nil {
 			return o.explainAttach(a, err)
 		}
+		a.attached++
 	}
 	for _, fd := range a.fds {
 		if err := o.sameDevice(a, fd, flags); err != nil {
@@ -346,7 +394,7 @@ func (o *opener) linkOf(fd int) (kernel.Link, error) {
 		if err != nil {
 			return kernel.Link{}, err
 		}
-		if _, err := o.sameNamespace(fd); errors.Is(err, errElsewhere) {
+		if _, err := sameNamespace(fd); errors.Is(err, errElsewhere) {
 			break
 		} else if err != nil {
 			return kernel.Link{}, err
@@ -360,7 +408,7 @@ func (o *opener) linkOf(fd int) (kernel.Link, error) {
 
 // sameNamespace compares the network namespace of the device behind fd with the thread's. Without CAP_NET_ADMIN the kernel
 // does not tell (kernel.md V17).
-func (o *opener) sameNamespace(fd int) (verified bool, err error) {
+func sameNamespace(fd int) (verified bool, err error) {
 	there, err := deviceNetNS(fd)
 	if errors.Is(err, os.ErrPermission) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOTTY) {
 		return false, nil // EINVAL and ENOTTY: a kernel before 5.10

@@ -203,30 +203,35 @@ func TestDeletedDuringActivate(t *testing.T) {
 func TestMovedDuringActivate(t *testing.T) {
 	l := newLab(t)
 	elsewhere := nstest.New(t)
-	var stranger []string
-	disturb(l, contested(), func(d *tunDevice, question bool) {
-		stranger = nil
-		if question { // between the last look at the descriptor and a send nobody can tell
-			stranger = replaceBy(l, d, elsewhere)
-		}
-	}, func(when moment, d *tunDevice, err error) {
-		if stranger == nil {
-			return
-		}
-		if !errors.Is(err, ErrGone) && !(err == nil && when.late) || errors.Is(err, ErrPartial) {
-			t.Errorf("moved before %s: %v", when, err)
-		}
-		if e := l.event(d, EventGone); !errors.Is(e.Err, errMoved) {
-			t.Errorf("event %v", e)
-		}
-		if s := d.State(); s.Index != 0 {
-			t.Errorf("state %+v: the number is another's", s)
-		}
-		if err := errors.Join(d.Activate(), d.Reload(Config{NetNS: l.ns.Path()})); strings.Count(fmt.Sprint(err), ErrGone.Error()) != 2 {
-			t.Errorf("Activate and Reload again: %v", err)
-		}
-		l.want("the stranger, moved before "+when.text, l.kernelState(), stranger...)
-	})
+	for _, deaf := range []bool{false, true} { // deaf: all is left to the look before each change
+		var stranger []string
+		disturb(l, contested(), func(d *tunDevice, question bool) {
+			stranger = nil
+			if deaf {
+				d.watch.stop()
+			}
+			if question { // between the last look at the descriptor and a send nobody can tell
+				stranger = replaceBy(l, d, elsewhere)
+			}
+		}, func(when moment, d *tunDevice, err error) {
+			if stranger == nil {
+				return
+			}
+			if !errors.Is(err, ErrGone) && !(err == nil && when.late) || errors.Is(err, ErrPartial) {
+				t.Errorf("moved before %s, deaf %v: %v", when, deaf, err)
+			}
+			if s := d.State(); s.Index != 0 {
+				t.Errorf("state %+v: the number is another's", s)
+			}
+			if err := errors.Join(d.Activate(), d.Reload(Config{NetNS: l.ns.Path()})); strings.Count(fmt.Sprint(err), ErrGone.Error()) != 2 {
+				t.Errorf("deaf %v, Activate and Reload again: %v", deaf, err)
+			}
+			if e := l.event(d, EventGone); !errors.Is(e.Err, errMoved) {
+				t.Errorf("event %v", e)
+			}
+			l.want(fmt.Sprintf("the stranger, moved before %s, deaf %v", when, deaf), l.kernelState(), stranger...)
+		})
+	}
 }
 
 // replaceBy moves a device to another namespace, and gives its name and number to a stranger that looks as it did.
@@ -291,6 +296,7 @@ func TestUnfilteredDumps(t *testing.T) {
 	l.address("other0", "10.51.0.1/24", 111)
 	l.ip("route add 10.60.0.0/16 dev other0 proto 111\nroute add fd60::/64 dev other0 proto 111")
 	other := l.index("other0")
+	l.await("another's own address", func() bool { return !slices.ContainsFunc(l.addresses(other), isTentative) })
 	before := append(l.addresses(other), l.routes(other)...)
 	d := l.open(contested())
 	d.ctl = unfiltered{d.ctl}
@@ -301,6 +307,8 @@ func TestUnfilteredDumps(t *testing.T) {
 		t.Errorf("ours: %v", got)
 	}
 }
+
+func isTentative(line string) bool { return strings.HasSuffix(line, " tentative") }
 
 type unfiltered struct{ conn }
 
@@ -342,12 +350,13 @@ func TestDeletedInsteadIsPutBack(t *testing.T) {
 	route := func(metric int) Route { return Route{Prefix: netip.MustParsePrefix("10.9.0.0/16"), Metric: metric} }
 	cfg := Config{Networks: prefixes("10.42.0.1/24"), Routes: []Route{route(0), route(50)}}
 	d := l.active(cfg)
-	m, _ := meddle(d)
-	m.before = func(_ int, r rtnl.Message) {
-		if r.Type == unix.RTM_DELROUTE && !slices.Contains(m.log[:len(m.log)-1], "DELROUTE") {
-			l.ip("route del 10.9.0.0/16 dev " + d.lastLink().Name + " metric 0")
+	m, _ := meddle(d, func(m *meddler) {
+		m.before = func(_ int, r rtnl.Message) {
+			if r.Type == unix.RTM_DELROUTE && !slices.Contains(m.log[:len(m.log)-1], "DELROUTE") {
+				l.ip("route del 10.9.0.0/16 dev " + d.lastLink().Name + " metric 0")
+			}
 		}
-	}
+	})
 	cfg.Routes = cfg.Routes[1:]
 	l.reload(d, cfg)
 	l.want("routes", l.routes(d.index), "10.9.0.0/16 table 254 metric 50 proto 111 mtu 1300 mss 1260",
@@ -355,4 +364,22 @@ func TestDeletedInsteadIsPutBack(t *testing.T) {
 	if got := strings.Join(m.changes(), " "); got != "DELROUTE NEWROUTE" {
 		t.Errorf("messages %s, want the deletion and the way back", got)
 	}
+}
+
+// The step itself puts it back and says that the one meant was gone, without a look that would find it missing (kernel.md V13).
+func TestDeletedInsteadIsPutBackAtOnce(t *testing.T) {
+	l := newLab(t)
+	p := netip.MustParsePrefix("10.9.0.0/16")
+	d := l.active(Config{Networks: prefixes("10.42.0.1/24"), Routes: []Route{{Prefix: p, MTU: 700}, {Prefix: p, Metric: 50}}, NoHeal: true})
+	l.ip("route del 10.9.0.0/16 dev tun0 metric 0")
+	before := l.routes(d.index)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	want := desire(&d.cfg, d.index)
+	i := slices.IndexFunc(want.routes, func(r kernel.Route) bool { return r.Prefix == p && r.Metric == 0 })
+	s := step{kind: stepDelRoute, route: want.routes[i]}
+	if errs := d.apply([]step{s}); len(errs) != 1 || !errors.Is(errs[0], unix.ESRCH) || !s.held(errs[0]) {
+		t.Errorf("results %v, want %v", errs, unix.ESRCH)
+	}
+	l.want("routes", l.routes(d.index), before...)
 }

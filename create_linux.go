@@ -37,7 +37,8 @@ var errStranger = errors.New("another process attached a queue to the new device
 
 // passes says whether the name may soon be free, after so many tries: that of a device that goes with its last descriptor, or
 // has just gone. The kernel takes 20 ms for each device that it closes, and a child that inherited a dozen closes one after
-// the other when it executes; it does not hold them any more by then (kernel.md U24, V2).
+// the other when it executes; it does not hold them any more by then (kernel.md U24, V2). A process that seems to hold it from
+// another namespace ends the wait too, although it may be of a namesake there: short patience remains.
 func (o *opener) passes(try int) bool {
 	link, err := o.linkByName(o.cfg.Name)
 	switch {
@@ -46,8 +47,8 @@ func (o *opener) passes(try int) bool {
 	case try < busyTries:
 		return true
 	}
-	here, _ := holdersOf(o.cfg.Name)
-	return len(here) == 0
+	here, elsewhere := holdersOf(o.cfg.Name)
+	return len(here)+len(elsewhere) == 0
 }
 
 // explainCreate names the device and says what errno of creating it means.
@@ -73,7 +74,7 @@ func (o *opener) explainTaken(err error) error {
 	case link.Kind != "tun":
 		return fmt.Errorf("%w: the name is that of interface %d, of kind %q (%w)", ErrBusy, link.Index, link.Kind, err)
 	}
-	if here, _ := holdersOf(link.Name); link.Tun.Persist && len(here) == 0 {
+	if here, elsewhere := holdersOf(link.Name); link.Tun.Persist && len(here)+len(elsewhere) == 0 {
 		return fmt.Errorf("%w: the name is that of a persistent device, for Mode Attach (%w)", ErrBusy, err)
 	}
 	return busy(link.Name, err)

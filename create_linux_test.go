@@ -402,14 +402,31 @@ func TestRenamedDuringLook(t *testing.T) {
 	}
 }
 
+// Nor does it take one that has the name as an alternative one for the moment of the look, and the device its own back afterwards.
+func TestAltnameDuringLook(t *testing.T) {
+	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
+	nstest.Leaks(t)
+	ns := nstest.New(t)
+	ns.Run(t, "ip tuntap add dev other mode tun")
+	other, _ := linkIn(t, ns, "other")
+	d := opened(t)(newTun(Config{Name: "x", NetNS: ns.Path()}, func(o *opener) (*attachment, error) {
+		o.conn = &around{
+			conn:   o.conn,
+			before: func() { ns.Run(t, "ip link set x name y"); ns.Run(t, "ip link property add dev other altname x") },
+			after:  func() { ns.Run(t, "ip link property del dev other altname x"); ns.Run(t, "ip link set y name x") },
+		}
+		return o.open()
+	}))
+	if link, ok := linkIn(t, ns, "x"); !ok || d.State().Index != link.Index || link.Index == other.Index {
+		t.Errorf("ours is %d, the other %d, the device took %d", link.Index, other.Index, d.(*tunDevice).index)
+	}
+}
+
 // Whichever ioctl or request fails, New leaves nothing behind, and an attached device as it was.
 func TestFailedNewChangesNothing(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
 	nstest.Leaks(t)
 	ns := nstest.New(t)
-	ns.Run(t, fmt.Sprint("ip tuntap add dev one mode tun user ", otherID()))
-	ns.Run(t, fmt.Sprint("ip tuntap add dev many mode tun multi_queue group ", otherID()))
-	same := unchanged(t, ns)
 	for _, cfg := range []Config{
 		{Name: "x"},
 		{Name: "x", Persist: true, Owner: otherID(), Group: otherID()},
@@ -419,6 +436,9 @@ func TestFailedNewChangesNothing(t *testing.T) {
 		{Name: "many", Mode: AttachOrCreate, Queues: 1},
 	} {
 		cfg.NetNS = ns.Path()
+		ns.Run(t, fmt.Sprint("ip tuntap add dev one mode tun pi vnet_hdr user ", otherID()))
+		ns.Run(t, fmt.Sprint("ip tuntap add dev many mode tun multi_queue pi vnet_hdr group ", otherID()))
+		same := unchanged(t, ns)
 		clean := func() { // after success
 			if cfg.Persist {
 				ns.Run(t, "ip", "link", "del", strings.Replace(cfg.Name, "%d", "0", 1))
@@ -426,7 +446,7 @@ func TestFailedNewChangesNothing(t *testing.T) {
 		}
 		failures := 0
 		for _, errno := range []error{unix.ENOMEM, unix.EPERM, unix.E2BIG, unix.EINVAL, io.ErrUnexpectedEOF} {
-			for n := 1; n <= cfg.Queues; n++ {
+			for n := 1; n <= cfg.queues(); n++ {
 				call := 0
 				d, err := newWith(cfg, func(fd int, name string, flags tunFlags) (string, error) {
 					if call++; call == n {
@@ -465,5 +485,7 @@ func TestFailedNewChangesNothing(t *testing.T) {
 		if failures < 2 {
 			t.Errorf("%+v: only %d failures", cfg, failures)
 		}
+		ns.Run(t, "ip link del one")
+		ns.Run(t, "ip link del many")
 	}
 }

@@ -223,8 +223,9 @@ func (tr trial) try(l *lab, f fault, total, partial *atomic.Int32) {
 	d := tr.prepare(l)
 	before := l.kernelState()
 	var operations []rtnl.Message
-	m, remove := meddle(d)
-	m.before = func(_ int, r rtnl.Message) { operations = append(operations, r) }
+	_, remove := meddle(d, func(m *meddler) {
+		m.before = func(_ int, r rtnl.Message) { operations = append(operations, r) }
+	})
 	l.must(tr.run(l, d))
 	remove()
 	wanted := l.kernelState()
@@ -254,14 +255,15 @@ func (tr trial) tryOne(l *lab, f fault, n int, d *tunDevice, before, wanted []st
 	l.Helper()
 	routes := treeOf(d)
 	hit := ""
-	m, remove := meddle(d)
-	m.fail = func(op int, r rtnl.Message) misfortune {
-		bad := f.for_(n, op, r)
-		if bad.err != nil && hit == "" {
-			hit = messageName(r)
+	_, remove := meddle(d, func(m *meddler) {
+		m.fail = func(op int, r rtnl.Message) misfortune {
+			bad := f.for_(n, op, r)
+			if bad.err != nil && hit == "" {
+				hit = messageName(r)
+			}
+			return bad
 		}
-		return bad
-	}
+	})
 	err = tr.run(l, d)
 	remove()
 	what := fmt.Sprintf("%s at operation %d (%s)", f.name, n, hit)

@@ -202,6 +202,29 @@ func TestActivateHardensBeforeItRestores(t *testing.T) {
 	l.want("addresses", l.addresses(d.index), "10.42.0.1/24 proto 111 noprefixroute", "fd42::1/64 proto 111 noprefixroute")
 }
 
+// Settings are found by name. One whose name goes to a stranger in the middle of that is found again by its new one, and the
+// stranger's settings stay (kernel.md S12, A23).
+func TestNamesSwapWhileSettings(t *testing.T) {
+	l := newLab(t)
+	l.ns.OtherTun(t, "other0", "10.43.0.1/24")
+	d := l.open(Config{NoHeal: true})
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.ctl = &around{conn: d.ctl, after: func() {
+		l.ip("link set tun0 name ours0\nlink set other0 down\nlink set other0 name tun0\nlink set tun0 up")
+	}}
+	for i, err := range d.apply([]step{{kind: stepSetting, setting: settingIPv6RA, from: 1}, {kind: stepSetting, setting: settingIPv6Autoconf, from: 1}}) {
+		if err != nil {
+			t.Errorf("step %d: %v", i, err)
+		}
+	}
+	for path, want := range map[string]string{"ours0/accept_ra": "0", "ours0/autoconf": "0", "tun0/accept_ra": "1", "tun0/autoconf": "1"} {
+		if got := l.sysctl("ipv6/conf/" + path); got != want {
+			t.Errorf("%s is %s, want %s", path, got, want)
+		}
+	}
+}
+
 // Where a setting cannot be made all else works, and one event, not one each time, and State tell which (kernel.md S9, U39).
 func TestWithoutProcfs(t *testing.T) {
 	l := newLab(t)

@@ -98,6 +98,26 @@ func (m *meddler) changes() (list []string) {
 	return list
 }
 
+// around is a connection that does something before and after its first request.
+type around struct {
+	conn
+	before, after func() // nil: nothing
+	done          bool
+}
+
+func (a *around) Do(requests ...rtnl.Message) []rtnl.Result {
+	first := !a.done
+	a.done = true
+	if first && a.before != nil {
+		a.before()
+	}
+	results := a.conn.Do(requests...)
+	if first && a.after != nil {
+		a.after()
+	}
+	return results
+}
+
 func messageName(m rtnl.Message) string {
 	names := map[uint16]string{
 		unix.RTM_NEWLINK: "NEWLINK", unix.RTM_DELLINK: "DELLINK", unix.RTM_GETLINK: "GETLINK", unix.RTM_SETLINK: "SETLINK",

@@ -134,27 +134,35 @@ func busy(name string, err error) error {
 }
 
 // holdersOf lists the processes, ourselves included, that have a descriptor of a TUN device called name. A process may hold
-// a device of a namespace that it is not in, so those outside the calling thread's are listed too, but apart: theirs may be
-// another device of that name.
+// a device of a namespace that it is not in (by Config.NetNS, or in another thread than its first), so those outside the
+// calling thread's are listed too, but apart: theirs may be another device of that name. Of our own descriptors we can tell.
 func holdersOf(name string) (here, elsewhere []string) {
 	entries, _ := os.ReadDir("/proc") // none: nothing to tell
 	ours, _ := os.Readlink("/proc/thread-self/ns/net")
 	for _, e := range entries {
-		if _, err := strconv.Atoi(e.Name()); err != nil || !holds(e.Name(), name) {
+		if _, err := strconv.Atoi(e.Name()); err != nil {
 			continue
 		}
-		if theirs, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/net")); err == nil && theirs == ours {
+		fds := descriptorsOf(e.Name(), name)
+		theirs, err := os.Readlink(filepath.Join("/proc", e.Name(), "ns/net"))
+		inside, told := err == nil && theirs == ours, false
+		if isSelf(e.Name()) {
+			fds, told = ofNamespace(fds, name)
+		}
+		switch {
+		case len(fds) == 0:
+		case inside || told:
 			here = append(here, describeProcess(e.Name()))
-		} else {
+		default:
 			elsewhere = append(elsewhere, describeProcess(e.Name()))
 		}
 	}
 	return here, elsewhere
 }
 
-// holds says whether one of the process's descriptors is of a TUN device called name. Where the node is seems to depend on
-// who looks (another mount namespace), so the path only spares us reading about all other descriptors.
-func holds(process, name string) bool {
+// descriptorsOf lists the process's descriptors of a TUN device called name. Where the node is seems to depend on who looks
+// (another mount namespace), so the path only spares us reading about all other descriptors.
+func descriptorsOf(process, name string) (fds []int) {
 	dir := filepath.Join("/proc", process)
 	entries, _ := os.ReadDir(filepath.Join(dir, "fd")) // none: not for us to see
 	for _, e := range entries {
@@ -163,16 +171,41 @@ func holds(process, name string) bool {
 			continue
 		}
 		text, err := os.ReadFile(filepath.Join(dir, "fdinfo", e.Name()))
-		if err == nil && bytes.Contains(text, []byte("iff:\t"+name+"\n")) {
-			return true
+		if fd, bad := strconv.Atoi(e.Name()); bad == nil && err == nil && bytes.Contains(text, []byte("iff:\t"+name+"\n")) {
+			fds = append(fds, fd)
 		}
 	}
-	return false
+	return fds
+}
+
+// ofNamespace leaves out those of our own descriptors whose device, called name, is not in the calling thread's namespace.
+// told: one is; else the kernel does not tell of those that are left.
+func ofNamespace(fds []int, name string) (left []int, told bool) {
+	for _, fd := range fds {
+		same, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0) // its owner may close it at any time
+		if err != nil {
+			continue
+		}
+		var stat unix.Stat_t
+		if unix.Fstat(same, &stat) == nil && isNode(&stat) {
+			verified, err := sameNamespace(same)
+			if got, _, bad := getIff(same); bad == nil && got == name && !errors.Is(err, errElsewhere) {
+				left, told = append(left, fd), told || verified
+			}
+		}
+		unix.Close(same)
+	}
+	return left, told
+}
+
+func isSelf(process string) bool {
+	self, _ := os.Readlink("/proc/self") // not Getpid: this /proc may be another pid namespace's
+	return process == self
 }
 
 // describeProcess names a process; what it calls itself is not trusted.
 func describeProcess(process string) string {
-	if self, _ := os.Readlink("/proc/self"); process == self { // not Getpid: this /proc may be another pid namespace's
+	if isSelf(process) {
 		return "this process"
 	}
 	comm, err := os.ReadFile(filepath.Join("/proc", process, "comm"))

@@ -388,69 +388,6 @@ func TestEveryDescriptorClosesOnExec(t *testing.T) {
 	look("after Adopt")
 }
 
-// An error names who holds the device: process and its name, or this one (kernel.md U23).
-func TestBusyNamesHolder(t *testing.T) {
-	nstest.Require(t, nstest.TUN, nstest.Program("ip"))
-	nstest.Leaks(t)
-	ns := nstest.New(t)
-	opts := nstest.HelperOptions{Args: []string{configArg(t, Config{Name: "x"}), "hold"}}
-	if otherID() != 0 { // so may mknod: the holder has the node in another place, as in a container
-		opts.Tun = nstest.TunPublic
-	}
-	p, ready := ns.StartHelper(t, "open new", opts)
-	if ready != "x" {
-		t.Fatalf("helper opened %q", ready)
-	}
-	same := unchanged(t, ns)
-	holder := fmt.Sprintf("the device is in use by process %d (exe) (", p.Pid())
-	for _, mode := range []Mode{Create, Attach, AttachOrCreate} {
-		_, err := New(Config{Name: "x", NetNS: ns.Path(), Mode: mode})
-		wantOpError(t, mode.String(), err, ErrBusy, holder)
-		wantOpError(t, mode.String(), err, unix.EBUSY)
-	}
-	same("refused")
-	if err := p.Stop(); err != nil {
-		t.Error(err)
-	}
-
-	own, ready := ns.StartHelper(t, "open twice", nstest.HelperOptions{})
-	if want := "overlay: create y: the device is in use by this process (device or resource busy)"; ready != want {
-		t.Errorf("got %q, want %q", ready, want)
-	}
-	own.Stop()
-
-	// A device of that name may be in a namespace that its holder is not in.
-	newIn(t, ns, Config{Name: "z"})
-	_, err := New(Config{Name: "z", Mode: Attach, NetNS: ns.Path()})
-	wantOpError(t, "another namespace", err, ErrBusy, "the device is in use, perhaps by ", "this process", ", from another network namespace (")
-}
-
-// What a process calls itself ends in an error text, and must not be able to forge a second one (kernel.md S11).
-func TestHolderNameIsPrintable(t *testing.T) {
-	nstest.Require(t, nstest.TUN)
-	ns := nstest.New(t)
-	p, _ := ns.StartHelper(t, "open twice", nstest.HelperOptions{Args: []string{"evil\n\x1b[2J"}})
-	_, err := New(Config{Name: "y", NetNS: ns.Path()})
-	wantOpError(t, "holder", err, ErrBusy, fmt.Sprintf("process %d (evil??[2J)", p.Pid()))
-}
-
-func init() {
-	nstest.Helper("open twice", func() error {
-		if len(os.Args) > 1 {
-			if err := os.WriteFile("/proc/self/comm", []byte(os.Args[1]), 0); err != nil {
-				return err
-			}
-		}
-		d, err := New(Config{Name: "y"})
-		if err != nil {
-			return err
-		}
-		defer d.Close()
-		_, err = New(Config{Name: "y"})
-		return nstest.Ready(fmt.Sprint(err))
-	})
-}
-
 // Where there are too few descriptors left nothing is touched, not even for a moment: no link message is sent.
 func TestTooFewDescriptors(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Program("ip"))

@@ -1,9 +1,11 @@
 package overlay
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -264,6 +266,36 @@ func TestReloadLosesNothing(t *testing.T) {
 		}
 	}
 	nstestLeaksAround(t, tests)
+}
+
+// The device's MTU is the largest of its routes', in whatever order they are and come, and two more reloads leave `ip link` and
+// `ip route` as they are (kernel.md U13).
+func TestReloadPermutesRouteMTUs(t *testing.T) {
+	l := newLab(t)
+	d := l.active(Config{Networks: prefixes("10.42.0.1/24", "fd42::1/64")})
+	destinations := prefixes("10.7.0.0/16", "fd08::/64", "10.9.0.0/16")
+	permutations([]int{1290, 1500, 0}, func(mtus []int) {
+		cfg := Config{Networks: prefixes("10.42.0.1/24", "fd42::1/64")}
+		var want []string
+		for i, mtu := range mtus {
+			cfg.Routes = append(cfg.Routes, Route{Prefix: destinations[i], MTU: mtu})
+			want = append(want, fmt.Sprintf("%v mtu %d", destinations[i], cmp.Or(mtu, 1300)))
+		}
+		l.reload(d, cfg)
+		state, routes := l.kernelState(), strings.Join(l.routes(d.index), "\n")
+		for _, text := range want {
+			if destination, mtu, _ := strings.Cut(text, " "); !regexp.MustCompile(`(?m)^` + destination + ` .* ` + mtu + ` `).MatchString(routes) {
+				t.Errorf("routes %v: no %s among\n%s", mtus, text, routes)
+			}
+		}
+		if got := d.State().MTU; got != 1500 {
+			t.Errorf("routes %v: device MTU %d, want 1500", mtus, got)
+		}
+		for n := range 2 {
+			l.reload(d, cfg)
+			l.want(fmt.Sprintf("routes %v, reload %d", mtus, n+2), l.kernelState(), state...)
+		}
+	})
 }
 
 // lossOfInstant is how many packets of one flow may be lost while an address is not there.

@@ -24,6 +24,7 @@ type Tun struct {
 	Owner, Group     int64 // -1: none
 	Persist          bool
 	MultiQueue       bool
+	VnetHeader       bool // a virtio header before each packet
 	PacketInfo       bool // four bytes before each packet: TUNGETIFF does not tell, its IFF_NO_PI is also IFF_NOFILTER
 	Queues, Disabled int  // attached and detached queues; 0 where the device is not multi-queue
 }

@@ -151,6 +151,8 @@ func decodeTun(t *kernel.Tun, b []byte) {
 			t.MultiQueue = flag
 		case kind == unix.IFLA_TUN_PI:
 			t.PacketInfo = flag
+		case kind == unix.IFLA_TUN_VNET_HDR:
+			t.VnetHeader = flag
 		case kind == unix.IFLA_TUN_NUM_QUEUES && isWord:
 			t.Queues = int(word)
 		case kind == unix.IFLA_TUN_NUM_DISABLED_QUEUES && isWord:
