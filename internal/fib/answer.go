@@ -96,6 +96,7 @@ func (t *Table) best(k key) (a Answer, thrown bool) {
 		there  bool
 	}
 	var own, first rival // the first of ours, and of the others
+	hidden := false      // by one of ours with a lower metric
 	for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
 		c := t.entries.at(i)
 		if first.there && (!k.is6 || c.metric != first.metric) {
@@ -112,17 +113,18 @@ func (t *Table) best(k key) (a Answer, thrown bool) {
 			if !own.there || own.metric != r.metric || r.rank > own.rank {
 				own = r
 			}
-			if first.there && r.rank > first.rank {
+			if r.rank > first.rank {
 				a.First = false
 			}
 		case !first.there || r.rank > first.rank:
 			first, thrown = r, sh.throw
 			a = Answer{Kind: sh.kind, Set: sh.set, Metric: c.metric}
 			a.First = !own.there || own.metric != r.metric || r.rank > own.rank
+			hidden = own.there && own.metric != r.metric
 		}
 	}
 	if thrown {
-		return Answer{}, !own.there
+		return Answer{}, a.First && !hidden
 	}
 	return a, false
 }

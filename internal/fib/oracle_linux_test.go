@@ -175,8 +175,9 @@ func (c *churn) upset(t *testing.T) {
 		c.ns.Run(t, "ip link set "+dev+" down")
 		if n == 0 {
 			time.Sleep(20 * time.Millisecond) // linkwatch
-			c.quiet(t)
+			c.hear(t)
 			c.resync(t, true)
+			c.quiet(t)
 			c.check(t)
 		}
 		c.ns.Run(t, "ip link set "+dev+" up")
@@ -385,7 +386,7 @@ func (c *churn) story(dst netip.Addr) string {
 			lines = append(lines, line)
 		}
 	}
-	b.WriteString(strings.Join(lines[max(0, len(lines)-30):], "\n"))
+	b.WriteString(strings.Join(lines[max(0, len(lines)-90):], "\n"))
 	for i, table := range c.t.cfg.Tables {
 		for _, p := range labPrefixes {
 			if p.Contains(dst) {

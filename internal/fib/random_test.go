@@ -55,7 +55,7 @@ func newWorld(pick func(n int) int) *world {
 
 func tell(c kernel.Change, r kernel.FIBRoute) string {
 	what := [...]string{"", "created", "prepended", "appended", "replaced", "refreshed", "deleted"}[c]
-	return fmt.Sprintf("%s %v table %d metric %d tos %d pref %d type %d proto %d nhid %d %v", what, r.Prefix, r.Table, r.Metric, r.TOS, r.Pref, r.Type, r.Protocol, r.NextHop, r.Legs)
+	return fmt.Sprintf("%s %v table %d metric %d tos %d pref %d type %d proto %d nhid %d %v %x", what, r.Prefix, r.Table, r.Metric, r.TOS, r.Pref, r.Type, r.Protocol, r.NextHop, r.Legs, r.Detail)
 }
 
 func (w *world) hear(what string, apply func()) {

@@ -123,6 +123,9 @@ func (e *edit) show(lo, hi int, n entry) {
 		if to > lo {
 			e.chain[to-1].after = 0
 		}
+		if e.hides(to) {
+			c.state |= moreAfter // strangers are left out, too
+		}
 	}
 }
 
@@ -135,9 +138,15 @@ func (e *edit) showStranger(lo, hi int) {
 	}
 	if to > lo && w.whole {
 		c := &e.chain[to-1]
-		c.after, c.state = w.last.count, c.state&^moreAfter
+		c.after = w.last.count
+		if !e.hides(to - 1) {
+			c.state &^= moreAfter
+		}
 	}
 }
+
+// hides says whether the route at i is a multipath behind whose first leg a dump leaves others out: see End.
+func (e *edit) hides(i int) bool { return e.shape(i).joins && len(e.shape(i).route.Legs) > 1 }
 
 // excuse notes that a dump has shown a stranger's multipath, so that it may leave others of the metric out: see End.
 func (e *edit) excuse(lo, hi int) {
@@ -183,7 +192,7 @@ func (e *edit) sweep(number uint8, quiet bool) (removed int) {
 			continue
 		}
 		lo, hi := e.group(e.chain[i].metric)
-		if j := e.joined(lo, hi); !quiet || e.chain[i].state&excused != 0 || j >= 0 && j != i && e.chain[j].seen == number && len(e.shape(j).route.Legs) > 1 {
+		if j := e.joined(lo, hi); !quiet || e.chain[i].state&excused != 0 || j >= 0 && j != i && e.chain[j].seen == number && e.hides(j) {
 			e.chain[i].state &^= excused
 			e.doubt(i, i+1)
 			continue

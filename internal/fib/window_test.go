@@ -212,6 +212,15 @@ func TestBuried(t *testing.T) {
 		if buried := len(r.Legs) > 1; buried != (removed == 0) || buried != (table.Doubtful() == 1) {
 			t.Errorf("%s: removed %d, %d doubtful", legs, removed, table.Doubtful())
 		}
+		// A stranger's may stand there too, and be what is replaced.
+		table = New(Config{Link: ourLink})
+		table.Begin(true, true)
+		table.Dumped(&r)
+		table.End(true, true)
+		apply(t, table, "replaced 2001:db8::/64 on 7")
+		if buried := len(r.Legs) > 1 && r.Legs[0].Link == ourLink; buried != (table.Doubtful() == 1) {
+			t.Errorf("%s: replaced, %d doubtful", legs, table.Doubtful())
+		}
 	}
 }
 

@@ -137,6 +137,12 @@ func decodeFIBAttribute(r *kernel.FIBRoute, dst *netip.Addr, leg *kernel.Leg, fa
 	case unix.RTA_MULTIPATH:
 		return decodeLegs(r, family, value)
 	case unix.RTA_CACHEINFO, unix.RTA_IIF, unix.RTA_MARK, unix.RTA_UID, unix.RTA_EXPIRES: // nothing that lasts
+	case unix.RTA_METRICS, unix.RTA_PREFSRC:
+		// IPv6 tells no routes apart by them, and changes them untold when the device's MTU changes or the address goes
+		// (net/ipv6/route.c, rt6_mtu_change_route, rt6_remove_prefsrc).
+		if family == unix.AF_INET {
+			r.Detail = appendDetail(r.Detail, kind, value)
+		}
 	default:
 		r.Detail = appendDetail(r.Detail, kind, value)
 	}

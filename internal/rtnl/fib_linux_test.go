@@ -2,6 +2,7 @@ package rtnl
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"testing"
@@ -123,6 +124,11 @@ func TestDetail(t *testing.T) {
 		if same := string(first.Detail) == string(second.Detail); same != test.same {
 			t.Errorf("%s: the same %v, want %v: %x, %x", test.name, same, test.same, first.Detail, second.Detail)
 		}
+	}
+	six := with(with(rtm(unix.AF_INET6, 64, 0, 0, 254, 3, 0, 1), unix.RTA_DST, "2001:db8::"), unix.RTA_OIF, uint32(7))
+	changed := with(with(six, unix.RTA_PREFSRC, "fd00::1"), unix.RTA_METRICS, with(nil, unix.RTAX_MTU, uint32(1300)))
+	if err := errors.Join(DecodeFIBRoute(newRoute(six), &first), DecodeFIBRoute(newRoute(changed), &second)); err != nil || string(first.Detail) != string(second.Detail) {
+		t.Errorf("IPv6, what changes untold: %v: %x, %x", err, first.Detail, second.Detail)
 	}
 	// The legs of a nexthop object are not the route's: with nexthop_compat_mode off they are not told.
 	object := with(rtm(unix.AF_INET, 24, 0, 0, 254, 3, 0, 1), rtaNHID, uint32(9))
