@@ -25,6 +25,9 @@ func (d *tunDevice) Activate() error {
 		return err
 	}
 	d.active = true
+	if !d.follower.running() {
+		d.follow(&d.cfg, &d.cfg)
+	}
 	return nil
 }
 
@@ -50,6 +53,9 @@ func (d *tunDevice) converge(op string, cfg *Config, run *execution) error {
 	}
 	run.report()
 	d.trust = run.trust(&want)
+	if len(run.done) > 0 {
+		d.follower.resync(errLink)
+	}
 	d.shadows(run.now, &want, cfg)
 	return nil
 }

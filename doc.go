@@ -83,6 +83,7 @@
 //	                         restore.go     what the way back must put in order beside the steps
 //	                         shadow.go      where to ask who answers for our prefixes
 //	                         doubt.go       which announcements leave us in doubt
+//	                         learned.go     the kernel's routes as the tree's second layer
 //	                         pace.go        how often what others remove is put back
 //	                         mtu.go         device MTU, route MTU, MSS
 //	                         routetree.go   immutable bart snapshot behind an atomic pointer
@@ -90,7 +91,7 @@
 //	                         packet.go      superpackets; filter.go, what the overlay may not say
 //	                         state.go       names and the dump
 //	                         pipe.go        the device in memory; idle.go, and the one that is none
-//	                         internal/kernel, internal/virtio
+//	                         internal/kernel, internal/virtio, internal/fib (what the kernel's route table answers)
 //	─────────────────────────────────────────────────────────────────────────────────────────────
 //	every device             device.go      tree, events and counters that all kinds share
 //	─────────────────────────────────────────────────────────────────────────────────────────────
@@ -103,7 +104,8 @@
 //	                         apply_linux.go     a step as a message; shadow_linux.go, who answers for us
 //	                         queue_linux.go     reads and writes on one kernel queue
 //	                         ioctl_linux.go     every ioctl, typed, through unix.Ifreq
-//	                         netlink_watch.go   what the kernel announces
+//	                         netlink_watch.go   what the kernel announces of the device
+//	                         follow_linux.go    its route table, followed; resync_linux.go, and read anew
 //	                         internal/rtnl      one rtnetlink connection; internal/netns, other namespaces
 //
 // Imports point down or sideways into pure rooms, never up; `make check` holds that. Ids in comments such as "kernel.md V7"

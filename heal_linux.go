@@ -136,6 +136,9 @@ func (d *tunDevice) heal() (r repair) {
 	}
 	r.restored = restoredBy(run.done)
 	d.counts.restores.Add(uint64(r.restored))
+	if len(run.done) > 0 {
+		d.follower.resync(errLink)
+	}
 	switch {
 	case r.err == nil && len(run.left) == 0:
 		d.trust = run.trust(&want)

@@ -114,6 +114,9 @@ func (w *watch) hear(d *tunDevice, m rtnl.Message) {
 		}
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		a, index, err := rtnl.DecodeAddr(m)
+		if err == nil && index == d.index {
+			d.follower.resync(errLink) // routes may have gone with it, untold (kernel.md A8)
+		}
 		if err != nil || index == d.index && d.beliefs().doubtAddr(a, m.Type == unix.RTM_NEWADDR) {
 			d.doubt(false)
 		}
@@ -172,6 +175,9 @@ func (w *watch) saw(d *tunDevice, is kernel.Link) {
 	for _, kind := range linkEvents(was, is) {
 		d.notify(Event{Kind: kind})
 	}
+	if was.Up != is.Up || was.MTU != is.MTU {
+		d.follower.resync(errLink) // kernel.md A7, B7
+	}
 	if !sameSettings(&was, &is) {
 		d.doubt(revives(&was, &is))
 	}
@@ -201,5 +207,6 @@ func (d *tunDevice) deviceLost() {
 	if name, err := d.reached(); errors.Is(err, errMoved) || err == nil && name != "" {
 		e.Err = errMoved
 	}
+	d.follower.abandon()
 	d.notify(e)
 }

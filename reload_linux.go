@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"fmt"
 	"slices"
 
 	"example.com/overlay/internal/kernel"
@@ -32,13 +33,24 @@ func (d *tunDevice) Reload(cfg Config) error {
 			return err
 		}
 	}
+	old := d.cfg
 	d.viewMu.Lock()
 	d.cfg = next
 	d.viewMu.Unlock()
+	if d.active {
+		d.follow(&old, &next)
+	}
 	d.bare.Store(next.NoFilter)
 	d.logTo(next.Logger)
 	d.tree.change(forget)
 	return nil
+}
+
+// follow lets the follower go from one Config to the next. It is no part of all or nothing: what cannot be followed is noted.
+func (d *tunDevice) follow(old, next *Config) {
+	if err := d.follower.change(d, old, next); err != nil {
+		d.note(fmt.Errorf("the kernel's routes are not followed: %w", err))
+	}
 }
 
 // enforce brings the kernel from the Config in force to next. Where that is a matter of routes, and nobody has meddled since we

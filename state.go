@@ -86,7 +86,8 @@ type report struct {
 	queues     int
 	txQueueLen int // the kernel's now; 0: what Config asks for
 	stats      Stats
-	notes      []string // abilities that the device lacks
+	notes      []string                         // abilities that the device lacks
+	learned    func(netip.Prefix) (offer, bool) // what the kernel's route table says now; nil: nothing
 }
 
 // String is the dump for the field: one object a line, a keyword first, in a stable order, so that grep and diff work.
@@ -104,6 +105,7 @@ func (s State) String() string {
 	for i := range c.Routes {
 		s.writeRoute(&b, &c.Routes[i])
 	}
+	s.writeLearned(&b)
 	writeStats(&b, s.report.stats)
 	for _, note := range s.report.notes {
 		fmt.Fprintf(&b, "note %s\n", oneLine(note))
@@ -171,6 +173,25 @@ func (s State) writeRoute(b *strings.Builder, r *Route) {
 	}
 	fmt.Fprintf(b, "route %v %s layer static metric %d table %d mtu %d mss %d%s\n",
 		r.Prefix, via, s.report.config.keyOf(r).Metric, r.table(), mtu, segmentSize(r.Prefix, mtu), install)
+}
+
+// writeLearned writes the routes in force that are the kernel's.
+func (s State) writeLearned(b *strings.Builder) {
+	if s.Learned == 0 || s.report.learned == nil {
+		return
+	}
+	for prefix, gateways := range s.Routes() {
+		if o, ok := s.report.learned(prefix); ok {
+			via := "on-link"
+			if gateways.Len() > 0 {
+				via = "via"
+				for i := range gateways.Len() {
+					via += fmt.Sprintf(" %v*%d", gateways.At(i).Addr, gateways.At(i).Weight)
+				}
+			}
+			fmt.Fprintf(b, "route %v %s layer kernel metric %d\n", prefix, via, o.metric)
+		}
+	}
 }
 
 // writeStats writes every counter, those of zero too: a line for reading, one for writing, one for the rest.

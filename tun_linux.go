@@ -62,8 +62,8 @@ func adoptable(cfg *Config, fds []int) error {
 	return errors.Join(v.errs...)
 }
 
-// tunDevice is a kernel device. It is the only owner of its descriptors (queues, ctl, view, procfs) and of its two
-// goroutines (watch and healer).
+// tunDevice is a kernel device. It is the only owner of its descriptors (queues, ctl, view, procfs) and of its
+// goroutines (watch, healer, follower).
 type tunDevice struct {
 	core
 	index      int // its identity, in the namespace that ctl and view are in
@@ -74,6 +74,7 @@ type tunDevice struct {
 	procfs     int     // directory /proc/sys/net/ipv6/conf; -1: none
 	watch      *watch  // nil: the kernel lets us not listen
 	healer     *healer
+	follower   *follower     // nil: the kernel lets us not follow its routes
 	doubts     atomic.Uint64 // announcements so far that what was last seen may not outlive
 	bare       atomic.Bool   // Config.NoFilter
 	dropped    uint64        // what the kernel's counter said at New
@@ -176,6 +177,13 @@ func (d *tunDevice) connect() (err error) {
 	case err != nil:
 		d.note(fmt.Errorf("not told of changes: %w", err))
 	}
+	d.follower, err = newFollower(d.ctl.Port())
+	switch {
+	case exhausted(err):
+		return err
+	case err != nil && d.cfg.SystemRoutes != nil:
+		d.note(fmt.Errorf("the kernel's routes are not followed: %w", err))
+	}
 	// Kept, because a file below it dies with the device's IPv6 settings, and the directory does not (kernel.md V9).
 	d.procfs, err = unix.Open("/proc/sys/net/ipv6/conf", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	switch {
@@ -196,6 +204,9 @@ func (d *tunDevice) release() error {
 	var errs []error
 	if d.watch != nil {
 		d.watch.stop() // before the queues: the device's end is no news to those who asked for it
+	}
+	if d.follower != nil {
+		errs = append(errs, d.follower.close())
 	}
 	for _, q := range d.queues {
 		errs = append(errs, q.Close())
@@ -260,9 +271,10 @@ func (d *tunDevice) State() State {
 	d.viewMu.Lock()
 	defer d.viewMu.Unlock()
 	s.Networks = slices.Clone(d.cfg.Networks)
+	s.Learned = d.tree.learnedRoutes()
 	s.report = report{
 		config: d.cfg, adopted: d.adopted, queues: len(d.queues), txQueueLen: link.TxQueueLen,
-		stats: d.stats(), notes: slices.Clone(d.notes),
+		stats: d.stats(), notes: slices.Clone(d.notes), learned: d.tree.learnedOffer,
 	}
 	if d.unhealed != "" {
 		s.report.notes = append(s.report.notes, d.unhealed)

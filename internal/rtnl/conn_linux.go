@@ -216,6 +216,13 @@ func (c *Conn) Dump(request Message) ([]Message, error) {
 	}
 }
 
+// DumpOnce is Dump that does not repeat itself: with ErrInterrupted come those answers that there were.
+func (c *Conn) DumpOnce(request Message) ([]Message, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.dump(request)
+}
+
 func (c *Conn) dump(request Message) ([]Message, error) {
 	if c.sock == nil {
 		return nil, os.ErrClosed

@@ -1,13 +1,12 @@
 package rtnl
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,7 +17,8 @@ type Listener struct {
 	file     *os.File // non-blocking, in the runtime's poller
 	raw      syscall.RawConn
 	buf      []byte
-	messages []Message   // of the last datagram
+	messages []Message // of the last datagram
+	poked    atomic.Bool
 	closed   atomic.Bool // the poller's own error for that matches nothing
 }
 
@@ -42,13 +42,17 @@ func Listen(readBuffer int, groups ...int) (*Listener, error) {
 }
 
 func join(fd, readBuffer int, groups []int) error {
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return err
+	}
+	return membership(fd, readBuffer, groups)
+}
+
+func membership(fd, readBuffer int, groups []int) error {
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, readBuffer) != nil {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, readBuffer); err != nil {
 			return err
 		}
-	}
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return err
 	}
 	for _, group := range groups {
 		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, group); err != nil {
@@ -58,28 +62,52 @@ func join(fd, readBuffer int, groups []int) error {
 	return nil
 }
 
-// Ignore keeps the listener from being told of what requests from a port (Conn.Port) bring about: the kernel drops such
-// notifications, else the installation of many routes would overrun the listener's own buffer (kernel.md V6).
-func (l *Listener) Ignore(port uint32) error {
-	const (
-		portOffset = 12 // of nlmsg_pid in struct nlmsghdr
-		drop, keep = 0, math.MaxUint32
-	)
-	// The program sees the message as bytes in network order, but the port is in the machine's own.
-	var own [4]byte
-	binary.NativeEndian.PutUint32(own[:], port)
-	program := []unix.SockFilter{
-		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: portOffset},
-		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: binary.BigEndian.Uint32(own[:]), Jt: 0, Jf: 1},
-		{Code: unix.BPF_RET | unix.BPF_K, K: drop},
-		{Code: unix.BPF_RET | unix.BPF_K, K: keep},
-	}
-	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
+// Join is what Listen does with its arguments, for one that has joined nothing yet.
+func (l *Listener) Join(readBuffer int, groups ...int) error {
 	var err error
-	closed := l.raw.Control(func(fd uintptr) {
-		err = unix.SetsockoptSockFprog(int(fd), unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &filter)
-	})
+	closed := l.raw.Control(func(fd uintptr) { err = membership(int(fd), readBuffer, groups) })
 	return errors.Join(closed, err)
+}
+
+// Leave ends what Join began; what waits to be received stays.
+func (l *Listener) Leave(groups ...int) error {
+	var errs []error
+	closed := l.raw.Control(func(fd uintptr) {
+		for _, group := range groups {
+			errs = append(errs, unix.SetsockoptInt(int(fd), unix.SOL_NETLINK, unix.NETLINK_DROP_MEMBERSHIP, group))
+		}
+	})
+	return errors.Join(append(errs, closed)...)
+}
+
+// ReadBuffer is the receive buffer that the kernel granted, in its own count: twice the bytes that were asked for.
+func (l *Listener) ReadBuffer() (size int) {
+	_ = l.raw.Control(func(fd uintptr) { size, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF) })
+	return size
+}
+
+// Poke ends a WaitUntil, or the next one, without anything to receive.
+func (l *Listener) Poke() {
+	l.poked.Store(true)
+	_ = l.file.SetReadDeadline(time.Unix(1, 0)) // closed: then it ends anyway
+}
+
+// WaitUntil is Wait with an end; it returns nil then too.
+func (l *Listener) WaitUntil(deadline time.Time) error {
+	if err := l.file.SetReadDeadline(deadline); err != nil {
+		if l.closed.Load() {
+			return os.ErrClosed
+		}
+		return err
+	}
+	if l.poked.Swap(false) {
+		return nil
+	}
+	if err := l.Wait(); !errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	l.poked.Store(false)
+	return nil
 }
 
 // Wait waits until there is something for Next. os.ErrClosed after Close.

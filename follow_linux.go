@@ -1,0 +1,351 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"example.com/overlay/internal/fib"
+	"example.com/overlay/internal/kernel"
+	"example.com/overlay/internal/rtnl"
+	"golang.org/x/sys/unix"
+)
+
+// How the kernel's routes are followed.
+const (
+	publishEvery = 10 * time.Millisecond // at most: a burst is one publication
+	gulp         = 512                   // datagrams between two looks at what else is to be done
+	resyncRest   = 9                     // after a resync, times its own duration, until the next
+	resyncSettle = 5 * time.Millisecond  // from the first reason for one: an address that goes is several announcements
+	resyncRetry  = 100 * time.Millisecond
+	settleRounds = 20 // of questions about what announcements leave in doubt
+	settleTries  = 10 // addresses of one prefix
+)
+
+// followed are the groups of announcements that routes, and what they depend on, are told by.
+var followed = []int{
+	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NEXTHOP, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+	unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
+}
+
+// follower keeps the tree's kernel layer equal to the kernel's routes through the device. Its sockets are the device's from New
+// on, its goroutine runs while a Config has SystemRoutes. Announcements are hints, dumps are no snapshots: design.md laws 1, 2.
+type follower struct {
+	listener *rtnl.Listener
+	conn     *rtnl.Conn
+	ownPort  uint32        // of the device's own requests
+	done     chan struct{} // closed when the goroutine is gone; nil: none runs
+	layer    *learned      // with the tree's lock
+
+	mu      sync.Mutex
+	stopped bool
+	reason  error                 // why to look anew; nil: no reason
+	overlay func(netip.Addr) bool // of a new Config; nil: none
+}
+
+// newFollower opens its sockets in the network namespace of the calling thread. It is not told what requests from ownPort bring about.
+func newFollower(ownPort uint32) (*follower, error) {
+	conn, err := rtnl.Dial()
+	if err != nil {
+		return nil, err
+	}
+	listener, err := rtnl.Listen(1)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return &follower{listener: listener, conn: conn, ownPort: ownPort}, nil
+}
+
+// close ends it for good.
+func (f *follower) close() error {
+	f.stop()
+	return errors.Join(f.listener.Close(), f.conn.Close())
+}
+
+// start follows the routes of a Config that has SystemRoutes.
+func (f *follower) start(d *tunDevice, c *Config) error {
+	if err := f.listener.Join(c.SystemRoutes.readBuffer(), followed...); err != nil {
+		return err
+	}
+	if err := f.listener.OnlyConcerning(d.index, f.ownPort); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	f.stopped, f.reason, f.overlay = false, nil, nil
+	f.mu.Unlock()
+	f.layer = newLearned(c, d.index, &d.tree.pool)
+	f.done = make(chan struct{})
+	run := &following{follower: f, device: d, tables: c.SystemRoutes.tables(), pending: errBegin}
+	go func() {
+		defer close(f.done)
+		run.run()
+		if d.lost.Load() { // with the device went its routes; its number may be another's
+			d.tree.follow(nil)
+		}
+	}()
+	return nil
+}
+
+// running says whether it follows; with the device's lock.
+func (f *follower) running() bool { return f != nil && f.done != nil }
+
+// change goes from one Config to the next; with the device's lock. What was learned stays until it has been learned anew.
+func (f *follower) change(d *tunDevice, old, next *Config) error {
+	switch {
+	case f == nil:
+		return nil
+	case next.SystemRoutes == nil:
+		f.stop()
+		d.tree.follow(nil)
+		return nil
+	case f.running() && old.SystemRoutes.equal(next.SystemRoutes):
+		if !slices.Equal(old.Networks, next.Networks) {
+			f.setOverlay(next.overlay())
+		}
+		return nil
+	}
+	f.stop()
+	return f.start(d, next)
+}
+
+// stop ends the goroutine, waits for it, and leaves what it has learned in the tree.
+func (f *follower) stop() {
+	if f.done == nil {
+		return
+	}
+	f.mu.Lock()
+	f.stopped = true
+	f.mu.Unlock()
+	f.listener.Poke()
+	<-f.done
+	f.done = nil
+	_ = f.listener.Leave(followed...) // a later start joins anew
+	f.listener.Drain()
+}
+
+// resync asks for a look at all, because something may have changed untold.
+func (f *follower) resync(reason error) {
+	if f == nil {
+		return
+	}
+	f.mu.Lock()
+	if f.reason == nil {
+		f.reason = reason
+	}
+	f.mu.Unlock()
+	f.listener.Poke()
+}
+
+// abandon ends the goroutine without waiting for it: the device is gone.
+func (f *follower) abandon() {
+	if f == nil {
+		return
+	}
+	f.mu.Lock()
+	f.stopped = true
+	f.mu.Unlock()
+	f.listener.Poke()
+}
+
+// setOverlay tells of other networks.
+func (f *follower) setOverlay(overlay func(netip.Addr) bool) {
+	f.mu.Lock()
+	f.overlay = overlay
+	f.mu.Unlock()
+	f.listener.Poke()
+}
+
+// Reasons for a look.
+var (
+	errBegin = errors.New("the routes that are there already")
+	errAudit = errors.New("an audit")
+	errLink  = errors.New("the link or its addresses changed")
+)
+
+// following is the state of the goroutine.
+type following struct {
+	*follower
+	device  *tunDevice
+	tables  []uint32
+	scratch kernel.FIBRoute
+
+	routes    [2]uint64 // announced so far, by family
+	lost      bool      // announcements
+	pending   error     // reason for a resync
+	since     time.Time // of the reason
+	rested    time.Time // not before
+	audit     time.Time
+	published time.Time
+	dirty     bool // changes may wait to be published
+	synced    bool // once
+	told      bool // that routes are refused
+}
+
+func (f *following) run() {
+	f.audit = time.Now().Add(auditEvery)
+	for {
+		if err := f.listener.WaitUntil(f.next()); err != nil {
+			return // closed
+		}
+		if f.orders() {
+			return
+		}
+		if err := f.hear(gulp); err != nil {
+			return
+		}
+		f.settle()
+		now := time.Now()
+		if f.audit.Before(now) {
+			f.look(errAudit)
+			f.audit = now.Add(auditEvery)
+		}
+		if f.pending != nil && !now.Before(f.due()) {
+			f.resyncNow()
+		}
+		f.publish()
+	}
+}
+
+// next is when there is something to do without an announcement.
+func (f *following) next() time.Time {
+	at := f.audit
+	if f.pending != nil && f.due().Before(at) {
+		at = f.due()
+	}
+	if f.dirty && f.synced {
+		if due := f.published.Add(publishEvery); due.Before(at) {
+			at = due
+		}
+	}
+	return at
+}
+
+// due is when a resync that is pending may begin.
+func (f *following) due() time.Time {
+	if at := f.since.Add(resyncSettle); at.After(f.rested) {
+		return at
+	}
+	return f.rested
+}
+
+// look makes a resync pending.
+func (f *following) look(reason error) {
+	if f.pending == nil {
+		f.pending, f.since = reason, time.Now()
+	}
+}
+
+// orders takes what others have asked for; true: stop.
+func (f *following) orders() bool {
+	f.mu.Lock()
+	stopped, reason, overlay := f.stopped, f.reason, f.overlay
+	f.reason, f.overlay = nil, nil
+	f.mu.Unlock()
+	if reason != nil {
+		f.look(reason)
+	}
+	if overlay != nil {
+		f.device.tree.refresh(func() []netip.Prefix {
+			f.layer.table.SetOverlay(overlay)
+			return f.layer.changed()
+		})
+	}
+	return stopped
+}
+
+// hear takes note of what was announced, up to most datagrams.
+func (f *following) hear(most int) error {
+	tree := &f.device.tree
+	tree.mu.Lock()
+	defer tree.mu.Unlock()
+	for range most {
+		messages, err := f.listener.Next()
+		for _, m := range messages {
+			f.apply(m)
+		}
+		switch {
+		case errors.Is(err, rtnl.ErrOverrun):
+			f.device.counts.overruns.Add(1)
+			f.listener.Drain()
+			f.lost = true
+			f.look(err)
+		case err != nil:
+			if !errors.Is(err, os.ErrClosed) {
+				f.device.note(fmt.Errorf("no longer told of routes: %w", err))
+			}
+			return err
+		case len(messages) == 0:
+			return nil
+		}
+	}
+	return nil // there is more: the next wait is short
+}
+
+// apply takes note of one announcement; with the tree's lock.
+func (f *following) apply(m rtnl.Message) {
+	table := f.layer.table
+	switch m.Type {
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		if len(m.Body) > 0 {
+			f.routes[familyIndex(m.Body[0])]++
+		}
+		if !rtnl.MayConcern(m, int32(f.device.index)) {
+			return
+		}
+		if err := rtnl.DecodeFIBRoute(m, &f.scratch); err != nil {
+			f.look(err)
+			return
+		}
+		table.Apply(rtnl.ChangeOf(m), &f.scratch)
+	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
+		n, err := rtnl.DecodeNextHop(m)
+		switch {
+		case err != nil:
+			f.look(err)
+		case m.Type == unix.RTM_DELNEXTHOP:
+			table.DeleteNextHop(n.ID)
+		default:
+			table.SetNextHop(n)
+		}
+	default: // rules, netconf
+		f.look(errors.New("the routing rules or settings changed"))
+		return
+	}
+	f.dirty = true
+}
+
+func familyIndex(family uint8) int {
+	if family == unix.AF_INET6 {
+		return 1
+	}
+	return 0
+}
+
+// publish shows readers what changed, unless it has only just done so.
+func (f *following) publish() {
+	if f.dirty && f.synced && time.Since(f.published) >= publishEvery {
+		f.publishNow()
+	}
+}
+
+func (f *following) publishNow() {
+	tree := &f.device.tree
+	if !f.synced {
+		f.locked(func(t *fib.Table) { f.layer.changed() }) // all of it is new
+		tree.follow(f.layer)
+	} else {
+		tree.refresh(f.layer.changed)
+	}
+	f.dirty, f.published = false, time.Now()
+	var refused uint64
+	f.locked(func(t *fib.Table) { refused = t.Refused() })
+	if refused > 0 && !f.told {
+		f.told = true
+		f.device.note(fmt.Errorf("there are more kernel routes than SystemRoutes.Max: %d were not learned", refused))
+	}
+}
