@@ -327,21 +327,27 @@ func (s *snapshot) withInCopy(edits []edit) *snapshot {
 //
 // It reads the Config's routes; all other work follows from the number of touched prefixes.
 func (c *core) learn(cfg *Config, touched map[netip.Prefix]bool) (forget []change) {
-	next := staticLayer(cfg, &c.tree.pool, touched)
-	changes := make([]change, 0, len(touched))
-	for p := range touched {
-		if o, ok := next.Get(p); ok {
-			changes = append(changes, change{prefix: p, offer: o})
-		} else {
-			forget = append(forget, change{prefix: p, gone: true})
-		}
-	}
-	c.tree.change(changes)
+	say, forget := c.tree.says(cfg, touched)
+	c.tree.change(say)
 	return forget
 }
 
 // publishTouched learns and forgets at once.
 func (c *core) publishTouched(cfg *Config, touched map[netip.Prefix]bool) {
-	forget := c.learn(cfg, touched)
-	c.tree.change(forget)
+	say, forget := c.tree.says(cfg, touched)
+	c.tree.change(append(say, forget...))
+}
+
+// says sorts the touched prefixes into those of which cfg says something, and the others.
+func (t *routeTree) says(cfg *Config, touched map[netip.Prefix]bool) (say, forget []change) {
+	next := staticLayer(cfg, &t.pool, touched)
+	say = make([]change, 0, len(touched))
+	for p := range touched {
+		if o, ok := next.Get(p); ok {
+			say = append(say, change{prefix: p, offer: o})
+		} else {
+			forget = append(forget, change{prefix: p, gone: true})
+		}
+	}
+	return say, forget
 }

@@ -157,8 +157,8 @@ func TestWatchIgnoresForgery(t *testing.T) {
 		defer unix.Close(s)
 		for _, port := range netlinkPorts(t) {
 			for _, m := range []rtnl.Message{gone, down} {
-				// To whom it may concern: not each of them is the watch's.
-				_ = unix.Sendto(s, encoded(m), 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: port})
+				// To whom it may concern: not each of them is the watch's, and not each is read.
+				_ = unix.Sendto(s, encoded(m), unix.MSG_DONTWAIT, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: port})
 			}
 		}
 		return nil
