@@ -56,7 +56,8 @@ func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, b
 
 // Unanswered returns what to begin behind, as Settle does, after the kernel has answered for addr with another error than
 // ENETUNREACH: a longer prefix leads nowhere, but the kernel does not tell how long it is. try counts from 0.
-func Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.Prefix {
+func (t *Table) Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.Prefix {
+	t.untold[keyOf(prefix, 0)] = struct{}{}
 	bits := addr.BitLen()
 	if try > 0 {
 		bits = min(prefix.Bits()+1, bits)
@@ -87,15 +88,17 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		// IPv6 routes through one nexthop object share its cached entries, which tell of the route that was used first
 		// (net/ipv6/route.c, rt6_get_pcpu_route): prefix, table, metric, even the group are not those of the match. When
 		// that route is gone the kernel answers ENETUNREACH, and goes on to forward.
-		t.untold[k] = struct{}{}
 		hidden, _ = addr.Prefix(addr.BitLen())
 		if got != nil && got.Prefix.Bits() > prefix.Bits() && got.Prefix.Contains(addr) {
 			hidden = got.Prefix
 		}
+		t.untold[k] = struct{}{}
 		return hidden
 	}
-	if got != nil && got.Prefix.Bits() > prefix.Bits() {
-		return got.Prefix
+	longer := got != nil && got.Prefix.Bits() > prefix.Bits()
+	if longer {
+		hidden = got.Prefix
+		t.untold[k] = struct{}{}
 	}
 	order := t.order[k.family()]
 	if got != nil && !looksAt(order, got.Table) {
@@ -110,21 +113,22 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 			}
 			continue
 		}
-		if here && got.Prefix.Bits() == prefix.Bits() {
-			e := t.open(k)
+		q, thrown := t.thrown(k.table, prefix, addr)
+		e := t.open(k)
+		switch {
+		case here && longer:
+			return hidden
+		case here && got.Prefix.Bits() == prefix.Bits():
 			e.found(got)
-			e.rest()
-		} else if q, ok := t.thrown(k.table, prefix, addr); !ok {
-			e := t.open(k)
+		case !thrown:
 			e.absent(0, len(e.chain))
-			e.rest()
-		} else if q == prefix {
-			e := t.open(k)
+		case q == prefix:
 			e.passed()
-			e.rest()
-		} else {
+		case !longer:
 			hidden = q // of this table the answer tells nothing: for another address it may
+			t.untold[k] = struct{}{}
 		}
+		e.rest()
 		if here {
 			return hidden
 		}
