@@ -63,8 +63,9 @@ func (e *edit) replace6(lo, hi int, n entry) {
 		// Either the nexthop object changed, or the first was replaced by an equal of one that stands behind.
 		e.settle(same)
 		e.changed = true
-		if same != at {
+		if same != at || e.strangers(lo, hi) {
 			e.doubt(lo, hi)
+			e.chain[same].state |= twin
 		}
 	case e.strangers(lo, hi), e.t.windows[e.key.family()].open:
 		e.insert(lo, n)

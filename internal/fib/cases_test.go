@@ -23,6 +23,7 @@ func TestCases(t *testing.T) {
 		{"A9 ours in a stranger's place", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "replaced 192.0.2.0/24 via 10.0.0.3", "deleted 192.0.2.0/24 via 10.0.0.3"}, "192.0.2.0/24", "10.0.0.2*1"},
 		{"A9 strangers stay before the next", []string{"created 192.0.2.0/24 via 10.0.0.2", "appended 192.0.2.0/24 via 10.0.0.3", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "deleted 192.0.2.0/24 via 10.0.0.2", "replaced 192.0.2.0/24 via 10.0.1.3 dev 8"}, "192.0.2.0/24", "10.0.0.3*1"},
 		{"A9 IPv6, the same twice", []string{"nexthop 1 via fd00::2", "created 2001:db8::/64 nhid 1", "prepended 2001:db8::/64 on 7", "replaced 2001:db8::/64 on 7", "deleted 2001:db8::/64 on 7"}, "2001:db8::/64", "on-link"},
+		{"A9 IPv6, the same nexthop object twice", []string{"nexthop 1 via fd00::2", "appended 2001:db8::/64 nhid 1", "replaced 2001:db8::/64 nhid 1", "deleted 2001:db8::/64 nhid 1"}, "2001:db8::/64", "fd00::2*1"},
 		{"A10 metric fallback", []string{"created 192.0.2.0/24 metric 50 via 10.0.0.2", "created 192.0.2.0/24 metric 100 via 10.0.0.3", "deleted 192.0.2.0/24 metric 50 via 10.0.0.2"}, "192.0.2.0/24", "10.0.0.3*1"},
 		{"A10 the lower metric wins, whichever came first", []string{"created 192.0.2.0/24 metric 100 via 10.0.0.3", "created 192.0.2.0/24 metric 50 via 10.0.0.2"}, "192.0.2.0/24", "10.0.0.2*1"},
 		{"A10 append", []string{"created 192.0.2.0/24 via 10.0.0.2", "appended 192.0.2.0/24 via 10.0.0.3"}, "192.0.2.0/24", "10.0.0.2*1"},

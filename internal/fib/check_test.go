@@ -41,7 +41,7 @@ func (w *world) settle(t testing.TB) {
 					got = nil
 				}
 				if found && len(w.m.legs(r)) == 0 {
-					after = Unanswered(p, addr, try) // a blackhole: the kernel answers with an error
+					after = w.t.Unanswered(p, addr, try) // a blackhole: the kernel answers with an error
 					continue
 				}
 				if after = w.t.Settle(p, addr, got); !after.IsValid() {

@@ -3,6 +3,7 @@ package fib
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -241,6 +242,7 @@ func (l *lab) settle(t *testing.T, p netip.Prefix) {
 		}
 		l.asked++
 		result := l.ctl.Do(rtnl.MatchRoute(addr))[0]
+		l.log = append(l.log, fmt.Sprintf("asked about %v by %v: %v", p, addr, result.Err))
 		if errors.Is(result.Err, unix.ENETUNREACH) {
 			if after = l.t.Settle(p, addr, nil); !after.IsValid() {
 				return
@@ -248,13 +250,14 @@ func (l *lab) settle(t *testing.T, p netip.Prefix) {
 			continue
 		}
 		if result.Err != nil || len(result.Answers) != 1 {
-			after = Unanswered(p, addr, try)
+			after = l.t.Unanswered(p, addr, try)
 			continue
 		}
 		var got kernel.FIBRoute
 		if err := rtnl.DecodeFIBRoute(result.Answers[0], &got); err != nil {
 			t.Fatal(err)
 		}
+		l.log = append(l.log, tell(kernel.Refreshed, got)+" was the answer about "+p.String()+" ")
 		if after = l.t.Settle(p, addr, &got); !after.IsValid() {
 			return
 		}

@@ -56,7 +56,8 @@ func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, b
 
 // Unanswered returns what to begin behind, as Settle does, after the kernel has answered for addr with another error than
 // ENETUNREACH: a longer prefix leads nowhere, but the kernel does not tell how long it is. try counts from 0.
-func Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.Prefix {
+func (t *Table) Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.Prefix {
+	t.untold[keyOf(prefix, 0)] = struct{}{}
 	bits := addr.BitLen()
 	if try > 0 {
 		bits = min(prefix.Bits()+1, bits)
@@ -87,15 +88,17 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		// IPv6 routes through one nexthop object share its cached entries, which tell of the route that was used first
 		// (net/ipv6/route.c, rt6_get_pcpu_route): prefix, table, metric, even the group are not those of the match. When
 		// that route is gone the kernel answers ENETUNREACH, and goes on to forward.
-		t.untold[k] = struct{}{}
 		hidden, _ = addr.Prefix(addr.BitLen())
 		if got != nil && got.Prefix.Bits() > prefix.Bits() && got.Prefix.Contains(addr) {
 			hidden = got.Prefix
 		}
+		t.untold[k] = struct{}{}
 		return hidden
 	}
-	if got != nil && got.Prefix.Bits() > prefix.Bits() {
-		return got.Prefix
+	longer := got != nil && got.Prefix.Bits() > prefix.Bits()
+	if longer {
+		hidden = got.Prefix
+		t.untold[k] = struct{}{}
 	}
 	order := t.order[k.family()]
 	if got != nil && !looksAt(order, got.Table) {
@@ -110,17 +113,22 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 			}
 			continue
 		}
-		if here && got.Prefix.Bits() == prefix.Bits() {
-			e := t.open(k)
+		q, thrown := t.thrown(k.table, prefix, addr)
+		e := t.open(k)
+		switch {
+		case here && longer:
+			return hidden
+		case here && got.Prefix.Bits() == prefix.Bits():
 			e.found(got)
-			e.rest()
-		} else if q, ok := t.thrown(k.table, prefix, addr); !ok {
-			e := t.open(k)
+		case !thrown:
 			e.absent(0, len(e.chain))
-			e.rest()
-		} else if q != prefix {
+		case q == prefix:
+			e.passed()
+		case !longer:
 			hidden = q // of this table the answer tells nothing: for another address it may
+			t.untold[k] = struct{}{}
 		}
+		e.rest()
 		if here {
 			return hidden
 		}
@@ -128,25 +136,35 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 	return hidden
 }
 
-// matters says whether the answer for a prefix rests on something doubtful.
+// matters says whether the answer for a prefix is itself doubtful.
 func (t *Table) matters(k key) bool {
 	for table := range t.cfg.Tables {
 		k.table = uint16(table)
-		metric, live := uint32(0), false
-		for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
-			c := t.entries.at(i)
-			if live && c.metric != metric {
-				break
-			}
-			if t.shapes.all[c.shape].kind != Absent {
-				metric, live = c.metric, true
-			}
-			if c.state&doubtful != 0 {
-				return true
-			}
+		e := t.open(k)
+		if i := e.first(); i >= 0 && e.chain[i].state&doubtful != 0 {
+			return true
 		}
 	}
 	return false
+}
+
+// first returns which route of a chain the kernel's look-up ends at, negative if at none.
+func (e *edit) first() int {
+	first := -1
+	for i := range e.chain {
+		switch {
+		case first >= 0 && e.chain[i].metric != e.chain[first].metric:
+			return first
+		case e.answers(i) && (first < 0 || e.preferred(i, first)):
+			first = i
+		}
+	}
+	return first
+}
+
+// preferred says whether the kernel takes the route at i rather than the one at j wherever the two stand in their metric.
+func (e *edit) preferred(i, j int) bool {
+	return e.key.is6 && rank(e.shape(i).route.Pref) > rank(e.shape(j).route.Pref)
 }
 
 // thrown returns which prefix, not shorter than the given one, throws for addr in a table.
@@ -192,16 +210,17 @@ func (e *edit) absent(lo, hi int) {
 // found takes the route with which the kernel answers for the prefix: it stands before all others that are in use.
 func (e *edit) found(got *kernel.FIBRoute) {
 	lo, hi := e.group(got.Metric)
-	for i := hi - 1; i >= 0; i-- {
-		if i < lo || e.key.is6 && rank(e.shape(i).route.Pref) > rank(got.Pref) {
-			e.absent(i, i+1)
-		}
-	}
+	e.absent(0, lo)
 	lo, hi = e.group(got.Metric)
 	n, mine := e.t.admit(got, lo < hi)
 	defer e.t.leave(n.shape)
 	if !mine {
-		if lo < hi && e.chain[lo].before == 0 {
+		for i := hi - 1; i >= lo; i-- {
+			if e.key.is6 && rank(e.shape(i).route.Pref) > rank(got.Pref) {
+				e.absent(i, i+1)
+			}
+		}
+		if lo, hi = e.group(got.Metric); lo < hi && e.chain[lo].before == 0 {
 			e.chain[lo].before, e.chain[lo].state = 1, e.chain[lo].state|moreBefore
 		}
 		return
@@ -211,9 +230,8 @@ func (e *edit) found(got *kernel.FIBRoute) {
 		at = j
 	}
 	if at < 0 {
-		n.state = moreBefore
+		at, n.state = lo, moreBefore
 		e.insert(lo, n)
-		return
 	}
 	if e.chain[at].shape != n.shape {
 		e.swap(at, n.shape)
@@ -222,15 +240,44 @@ func (e *edit) found(got *kernel.FIBRoute) {
 		e.changed = true
 	}
 	e.settle(at)
+	e.lead(at)
+}
+
+// passed notes that the kernel has gone past the table: a route that throws stands before all others that are in use, or
+// nothing is there.
+func (e *edit) passed() {
+	at := -1
+	for i := range e.chain {
+		switch {
+		case !e.shape(i).throw:
+		case at < 0, e.chain[i].metric == e.chain[at].metric && e.preferred(i, at):
+			at = i
+		}
+	}
+	if at >= 0 {
+		lo, _ := e.group(e.chain[at].metric)
+		was := len(e.chain)
+		e.absent(0, lo)
+		e.lead(at - was + len(e.chain))
+	}
+}
+
+// lead puts the route at a place before all of its metric that are in use. What the kernel would prefer to it wherever it
+// stands is gone, if it was doubtful; what it seemed to stand behind is doubtful.
+func (e *edit) lead(at int) {
+	lo, hi := e.group(e.chain[at].metric)
+	for i := hi - 1; i >= lo; i-- {
+		if i != at && e.preferred(i, at) && e.chain[i].state&doubtful != 0 && e.answers(i) {
+			e.remove(i)
+			at -= btoi(i < at)
+		}
+	}
 	for i := lo; i < at; i++ {
-		if e.answers(i) && (!e.key.is6 || rank(e.shape(i).route.Pref) >= rank(e.shape(at).route.Pref)) {
+		if e.answers(i) && !e.preferred(at, i) {
 			c := e.chain[at]
 			copy(e.chain[i+1:at+1], e.chain[i:at])
 			e.chain[i] = c
-			e.changed = true
-			for j := i + 1; j <= at; j++ {
-				e.chain[j].state |= doubtful
-			}
+			e.doubt(i+1, at+1)
 			return
 		}
 	}

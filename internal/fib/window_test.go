@@ -128,6 +128,38 @@ func TestAbsence(t *testing.T) {
 	}
 }
 
+// That the kernel goes past a table tells what does not stand before a route that throws there.
+func TestSettlePassed(t *testing.T) {
+	const prefix = "2001:db8::/64"
+	p := netip.MustParsePrefix(prefix)
+	tests := []struct {
+		name, doubted string
+		longer        bool
+	}{
+		{"a lower metric", "metric 10 via fd00::2", false},
+		{"preferred", "pref 1 via fd00::2", false},
+		{"before it or gone", "via fd00::2", false},
+		{"behind it", "metric 100 via fd00::2", false},
+		{"a later table answers with a longer prefix", "pref 1 via fd00::2", true},
+	}
+	for _, test := range tests {
+		table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+		apply(t, table, "created "+prefix+" table 100 "+test.doubted)
+		table.Begin(true, true)
+		table.End(true, false)
+		apply(t, table, "appended "+prefix+" table 100 type 9")
+		apply(t, table, "created "+prefix+" via fd00::3")
+		got := parseRoute(t, []string{prefix, "via", "fd00::3"})
+		if test.longer {
+			got.Prefix = netip.MustParsePrefix("2001:db8::/65")
+		}
+		table.Settle(p, p.Addr(), &got)
+		if a := table.Answer(p); a.String() != "fd00::3*1" {
+			t.Errorf("%s: got %v", test.name, a)
+		}
+	}
+}
+
 // Probe finds an address that no longer prefix covers.
 func TestProbe(t *testing.T) {
 	known := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.0.0/25"), netip.MustParsePrefix("10.0.0.128/26"), netip.MustParsePrefix("10.1.0.0/31"), netip.MustParsePrefix("10.1.0.0/32"), netip.MustParsePrefix("10.1.0.1/32")}
