@@ -198,7 +198,7 @@ func (f *following) ask(p netip.Prefix) {
 		switch {
 		case errors.Is(result.Err, unix.ENETUNREACH):
 		case result.Err != nil || len(result.Answers) != 1:
-			after = fib.Unanswered(p, addr, try)
+			f.locked(func(t *fib.Table) { after = t.Unanswered(p, addr, try) })
 			continue
 		case rtnl.DecodeFIBRoute(result.Answers[0], &f.scratch) != nil:
 			return

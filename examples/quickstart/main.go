@@ -103,15 +103,31 @@ func fail(err error, stderr io.Writer) int {
 }
 
 // run builds, measures, reports and takes down. The error holds all that did not work.
-func run(ctx context.Context, o options, out io.Writer) error {
-	before := openFiles()
+func run(ctx context.Context, o options, stdout io.Writer) error {
+	before, out := openFiles(), &printer{to: stdout}
 	fmt.Fprintf(out, "%d overlay hosts, each in a network namespace of its own. Nothing of your system is touched.\n\n", o.hosts)
 	if err := errors.Join(session(ctx, o, out), leftovers(before), ctx.Err()); err != nil {
-		return err
+		return errors.Join(err, out.err)
 	}
 	fmt.Fprintln(out, "\nAll worked. Devices closed, namespaces gone, no descriptor left open.")
 	fmt.Fprintln(out, "Next: read examples/quickstart/agent.go, all that an overlay host does, in under 100 lines.")
-	return nil
+	return out.err
+}
+
+// printer remembers why it could not write, so that not every line that is printed need ask.
+type printer struct {
+	to  io.Writer
+	err error // the first; after it nothing is written
+}
+
+func (p *printer) Write(b []byte) (n int, err error) {
+	if p.err != nil {
+		return 0, p.err
+	}
+	if n, err = p.to.Write(b); err != nil {
+		p.err = fmt.Errorf("print: %w", err)
+	}
+	return n, p.err
 }
 
 // session is the life of the lab.

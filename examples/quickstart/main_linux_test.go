@@ -68,6 +68,21 @@ func requireReport(t *testing.T, out string, hosts int) {
 	}
 }
 
+// TestNothingPrinted gives the program a file to print to that is always full: it fails, says why, and leaves nothing behind.
+func TestNothingPrinted(t *testing.T) {
+	nstest.Require(t, nstest.NetAdmin, nstest.TUN, nstest.IPv6)
+	nstest.Leaks(t)
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	var stderr bytes.Buffer
+	if code := start([]string{"-d", "100ms"}, full, &stderr); code != exitFailed || !strings.Contains(stderr.String(), "print: write /dev/full: no space left") {
+		t.Errorf("exit code %d, want %d; it says:\n%s", code, exitFailed, &stderr)
+	}
+}
+
 // TestInterruptedRun cancels at moments from the first to the last step.
 func TestInterruptedRun(t *testing.T) {
 	nstest.Require(t, nstest.NetAdmin, nstest.TUN, nstest.IPv6)
