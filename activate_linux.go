@@ -21,7 +21,8 @@ func (d *tunDevice) Activate() error {
 	if err := d.alive(); err != nil {
 		return err
 	}
-	if err := d.converge("activate", &d.cfg, &execution{device: d, protocol: d.cfg.protocol()}); err != nil {
+	run := &execution{device: d, protocol: d.cfg.protocol(), concerned: d.tree.routed}
+	if err := d.converge("activate", &d.cfg, run); err != nil {
 		return err
 	}
 	d.active = true
@@ -117,6 +118,13 @@ func (e *execution) reach(want *desired) error {
 			return err
 		}
 		e.left = e.pending(plan(e.now, want))
+		if e.concerned != nil && (want.mtu < minIPv6MTU || harms(e.left)) {
+			e.concerned = nil // what others may lose must be known before
+			if len(e.done) == 0 {
+				e.before = nil
+			}
+			continue
+		}
 		if len(e.left) > 0 {
 			round++
 			if err := e.carryOut(e.left); err != nil {

@@ -250,7 +250,7 @@ func (f *following) orders() bool {
 		f.look(reason)
 	}
 	if overlay != nil {
-		f.device.tree.refresh(func() []netip.Prefix {
+		f.device.tree.refresh(func() []change {
 			f.layer.table.SetOverlay(overlay)
 			return f.layer.changed()
 		})
@@ -335,12 +335,17 @@ func (f *following) publish() {
 
 func (f *following) publishNow() {
 	tree := &f.device.tree
-	if !f.synced {
-		f.locked(func(t *fib.Table) { f.layer.changed() }) // all of it is new
-		tree.follow(f.layer)
-	} else {
-		tree.refresh(f.layer.changed)
-	}
+	tree.refresh(func() []change {
+		changes := f.layer.changed()
+		if was := tree.kernel; was != f.layer && was != nil { // what another has learned gives way
+			for p := range was.All() {
+				o, ok := f.layer.Get(p)
+				changes = append(changes, change{prefix: p, offer: o, gone: !ok})
+			}
+		}
+		tree.kernel = f.layer
+		return changes
+	})
 	f.dirty, f.published = false, time.Now()
 	var refused uint64
 	f.locked(func(t *fib.Table) { refused = t.Refused() })

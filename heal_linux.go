@@ -67,6 +67,7 @@ func (h *healer) run(d *tunDevice, audits time.Duration) {
 			pace.sign(time.Now(), h.urgent.Swap(false))
 		case <-audit.C:
 			d.doubts.Add(1)
+			d.watch.suspectAll()
 			pace.sign(time.Now(), false)
 			audit.Reset(audits)
 		case <-next.C:

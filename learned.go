@@ -126,11 +126,12 @@ func (l *learned) gateways(set *fib.Set) Gateways {
 }
 
 // changed lists what the table now answers otherwise.
-func (l *learned) changed() (prefixes []netip.Prefix) {
-	for p := range l.table.Changes() {
-		prefixes = append(prefixes, p)
+func (l *learned) changed() (changes []change) {
+	for p, answer := range l.table.Changes() {
+		o, ok := l.offer(answer)
+		changes = append(changes, change{prefix: p, offer: o, gone: !ok})
 	}
-	return prefixes
+	return changes
 }
 
 // longest is the longest prefix around an address of which the table has an answer.

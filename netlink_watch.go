@@ -49,6 +49,9 @@ func (w *watch) start(d *tunDevice) {
 		return
 	}
 	w.done, w.seen = make(chan struct{}), d.lastLink()
+	// Others' routes through others' interfaces cost too much to hear of. One that stands before ours without having taken its
+	// place is found by the audit. Without the filter there is more to hear, and no harm.
+	_ = w.listener.OnlyConcerning(d.index, d.ctl.Port())
 	go func() {
 		defer close(w.done)
 		for w.listener.Wait() == nil {
@@ -180,6 +183,15 @@ func (w *watch) saw(d *tunDevice, is kernel.Link) {
 	}
 	if !sameSettings(&was, &is) {
 		d.doubt(revives(&was, &is))
+	}
+}
+
+// suspectAll has the next look ask about all.
+func (w *watch) suspectAll() {
+	if w != nil {
+		w.mu.Lock()
+		w.suspects.addAll()
+		w.mu.Unlock()
 	}
 }
 

@@ -391,6 +391,13 @@ func obstacle(have *observed, want *desired) error {
 	return nil
 }
 
+// harms says whether routes of others may go with a step: with an IPv4 address, or with IPv6 as a whole.
+func harms(steps []step) bool {
+	return slices.ContainsFunc(steps, func(s step) bool {
+		return s.kind == stepDelAddr && s.addr.Prefix.Addr().Is4() || s.kind == stepMTU && min(s.from, s.to) < minIPv6MTU
+	})
+}
+
 // restoredBy counts the objects that steps put back, without those that only stood in for others meanwhile.
 func restoredBy(done []step) (n int) {
 	routes, addresses := make(map[kernel.RouteKey]bool), make(map[netip.Prefix]bool)

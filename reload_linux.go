@@ -56,7 +56,7 @@ func (d *tunDevice) follow(old, next *Config) {
 // enforce brings the kernel from the Config in force to next. Where that is a matter of routes, and nobody has meddled since we
 // looked, it takes law 5's messages and no look.
 func (d *tunDevice) enforce(next *Config, changes routeChanges) error {
-	run := &execution{device: d, protocol: next.protocol()}
+	run := &execution{device: d, protocol: next.protocol(), concerned: d.tree.routed}
 	if !changes.onlyRoutes(&d.cfg, next) || d.trust.contested || !d.trusted() {
 		return d.converge("reload", next, run)
 	}

@@ -3,6 +3,7 @@ package overlay
 import (
 	"iter"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -157,11 +158,24 @@ func (t *routeTree) follow(next source) {
 	t.publishLocked(prefixes)
 }
 
-// refresh runs update, which may change what the learned layer says of the prefixes that it returns, and publishes what follows.
-func (t *routeTree) refresh(update func() []netip.Prefix) {
+// refresh runs update, which may change what the learned layer says, and returns what it now says where that differs, once
+// for a prefix; and publishes what follows.
+func (t *routeTree) refresh(update func() []change) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.publishLocked(update())
+	changes := update()
+	edits := make([]edit, len(changes))
+	for i := range changes {
+		c := &changes[i]
+		static, inStatic := t.staticLocked().Get(c.prefix)
+		var learned offer
+		if !c.gone {
+			learned = c.offer
+		}
+		gateways, ok := merge(static, inStatic, learned, !c.gone)
+		edits[i] = edit{prefix: c.prefix, gateways: gateways, gone: !ok}
+	}
+	t.editLocked(edits)
 }
 
 // routed says whether the Config has a route or a network of this very prefix.
@@ -189,22 +203,28 @@ func (t *routeTree) staticLocked() *layer {
 
 // publishLocked publishes what became of the prefixes, if anybody could tell.
 func (t *routeTree) publishLocked(prefixes []netip.Prefix) {
-	now := t.current.Load()
-	edits := make([]edit, 0, len(prefixes))
-	for _, p := range prefixes {
-		e := t.editLocked(p)
-		if have, ok := now.get(e.prefix); ok == e.gone || have != e.gateways {
-			edits = append(edits, e)
-		}
+	edits := make([]edit, len(prefixes))
+	for i, p := range prefixes {
+		edits[i] = t.saysLocked(p)
 	}
+	t.editLocked(edits)
+}
+
+// editLocked makes the edits that anybody could tell of, in one publication at most.
+func (t *routeTree) editLocked(edits []edit) {
+	now := t.current.Load()
+	edits = slices.DeleteFunc(edits, func(e edit) bool {
+		have, ok := now.get(e.prefix)
+		return ok != e.gone && have == e.gateways
+	})
 	if len(edits) > 0 {
 		t.current.Store(now.with(edits))
 		t.published++
 	}
 }
 
-// editLocked is what the layers together say of p.
-func (t *routeTree) editLocked(p netip.Prefix) edit {
+// saysLocked is what the layers together say of p.
+func (t *routeTree) saysLocked(p netip.Prefix) edit {
 	static, inStatic := t.staticLocked().Get(p)
 	var learned offer
 	inLearned := false

@@ -385,19 +385,24 @@ func (t *routeTree) changeLayer(name layerName, changes []change) {
 		t.change(changes)
 		return
 	}
-	t.refresh(func() (prefixes []netip.Prefix) {
+	t.refresh(func() []change {
 		if t.kernel == nil {
 			t.kernel = new(layer)
 		}
 		l := t.kernel.(*layer)
 		for _, c := range changes {
-			if prefixes = append(prefixes, c.prefix); c.gone {
+			if c.gone {
 				l.Delete(c.prefix)
 			} else {
 				l.Insert(c.prefix, c.offer)
 			}
 		}
-		return prefixes
+		now := slices.Clone(changes)
+		for i := range now { // of a prefix that is named twice the last counts
+			o, ok := l.Get(now[i].prefix)
+			now[i].offer, now[i].gone = o, !ok
+		}
+		return now
 	})
 }
 
