@@ -386,7 +386,7 @@ func (c *churn) story(dst netip.Addr) string {
 			lines = append(lines, line)
 		}
 	}
-	b.WriteString(strings.Join(lines[max(0, len(lines)-900):], "\n"))
+	b.WriteString(strings.Join(lines[max(0, len(lines)-60):], "\n"))
 	for i, table := range c.t.cfg.Tables {
 		for _, p := range labPrefixes {
 			if p.Contains(dst) {

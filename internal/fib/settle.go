@@ -130,6 +130,9 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		}
 		e.rest()
 		if here {
+			if t.throws > 0 {
+				t.untold[keyOf(prefix, 0)] = struct{}{} // elsewhere the later tables may answer
+			}
 			return hidden
 		}
 	}

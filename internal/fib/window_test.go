@@ -160,6 +160,26 @@ func TestSettlePassed(t *testing.T) {
 	}
 }
 
+// What an earlier table hides at one address a route that throws may uncover at another: only a dump tells.
+func TestHiddenByEarlierTable(t *testing.T) {
+	for _, throws := range []bool{false, true} {
+		table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+		apply(t, table, "created 2001:db8::/64 via fd00::2")
+		apply(t, table, "created 2001:db8::/64 table 100 via fd00::3")
+		table.Begin(true, true)
+		got := parseRoute(t, []string{"2001:db8::/64", "table", "100", "via", "fd00::3"})
+		table.Dumped(&got)
+		table.End(true, false)
+		if throws {
+			apply(t, table, "created 2001:db8::/65 table 100 type 9")
+		}
+		table.Settle(got.Prefix, netip.MustParseAddr("2001:db8::8000:0:0:0"), &got)
+		if table.ResyncNeeded() != throws {
+			t.Errorf("throws %v: resync needed %v", throws, !throws)
+		}
+	}
+}
+
 // Probe finds an address that no longer prefix covers.
 func TestProbe(t *testing.T) {
 	known := []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.0.0/25"), netip.MustParsePrefix("10.0.0.128/26"), netip.MustParsePrefix("10.1.0.0/31"), netip.MustParsePrefix("10.1.0.0/32"), netip.MustParsePrefix("10.1.0.1/32")}
