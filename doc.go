@@ -19,7 +19,7 @@
 //		if err != nil { … }
 //		for _, p := range packets {
 //			host, ok := dev.NextHop(p.Data, nil)
-//			… seal a copy of p and send it to host …
+//			… for each i below p.Segments(): seal p.AppendSegment(nil, i) and send it to host …
 //		}
 //	}
 //
@@ -60,6 +60,20 @@
 // redirects are OR-ed with conf/all) Write and WriteBatch drop them. What could not be switched off, as in a container with
 // a read-only /proc/sys, is an EventDegraded. The device of more than one queue is only kept if no other process got hold of
 // a queue before it had an owner. Nothing host-wide is written, but for the node /dev/net/tun where it is missing.
+//
+// # Healing
+//
+// Addresses, routes and hardening that others remove are put back: at once when the link comes up, else within a second where
+// the table is not huge; with a tenth of the processor's time at most, and an EventRestored each time, in a fight summed up. The
+// link's MTU, its queue length, and whether it is up are left to the administrator until the next Reload; what does not fit them
+// waits. Another's route in the place of ours is EventShadowed and no fight. Config.NoHeal switches all of it off.
+//
+// # The kernel's routes
+//
+// With Config.SystemRoutes the kernel's routes through the device steer too: of one prefix the lower metric wins. Of TOS 0, no
+// mark and an unspecified source, in the tables that Config names, RoutesFor gives the kernel's own answer: some milliseconds after
+// a change, a second at most where the kernel did not tell of it. Gateways must lie in Networks; a route by none that does leads
+// nowhere. EventResynced says that all was read anew, the first time without a cause; State.Learned counts.
 //
 // # Privileges
 //

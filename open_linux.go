@@ -113,12 +113,30 @@ func describeNode() string {
 	if unix.Stat(nodePath, &stat) != nil {
 		return "its directory is closed"
 	}
-	text := fmt.Sprintf("its mode is %04o, its owner %d:%d", stat.Mode&0o7777, stat.Uid, stat.Gid)
+	owner := fmt.Sprintf("%d:%d", stat.Uid, stat.Gid)
+	overflow, _ := os.ReadFile("/proc/sys/kernel/overflowuid")
+	mapped, _ := os.ReadFile("/proc/self/uid_map")
+	if strings.TrimSpace(string(overflow)) == fmt.Sprint(stat.Uid) && !hasID(string(mapped), stat.Uid) {
+		owner = "somebody outside this user namespace"
+	}
+	text := fmt.Sprintf("its mode is %04o, its owner %s", stat.Mode&0o7777, owner)
 	var fs unix.Statfs_t
 	if unix.Statfs(nodePath, &fs) == nil && fs.Flags&unix.ST_NODEV != 0 {
 		text += ", and its file system is mounted nodev"
 	}
 	return text
+}
+
+// hasID says whether a user namespace's uid_map has a place for id: lines of first id inside, first outside, and how many.
+func hasID(uidMap string, id uint32) bool {
+	for line := range strings.Lines(uidMap) {
+		var inside, outside, count uint64
+		n, _ := fmt.Sscan(line, &inside, &outside, &count)
+		if n == 3 && uint64(id) >= inside && uint64(id)-inside < count {
+			return true
+		}
+	}
+	return false
 }
 
 // busy explains EBUSY, naming the processes that hold the device where /proc tells (kernel.md U23).

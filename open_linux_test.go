@@ -428,3 +428,23 @@ func init() {
 		return nil
 	})
 }
+
+// An owner that shows as the overflow id is outside only where the map has no place for that id.
+func TestUIDMap(t *testing.T) {
+	for _, test := range []struct {
+		uidMap string
+		id     uint32
+		want   bool
+	}{
+		{"         0          0 4294967295\n", 65534, true},
+		{"      1000       1000          1\n", 65534, false},
+		{"         0       1000          1\n     65534     100000          1\n", 65534, true},
+		{"         0     100000      65534\n", 65534, false},
+		{"", 65534, false},
+		{"no numbers\n", 0, false},
+	} {
+		if got := hasID(test.uidMap, test.id); got != test.want {
+			t.Errorf("hasID(%q, %d) = %v", test.uidMap, test.id, got)
+		}
+	}
+}

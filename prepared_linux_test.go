@@ -122,7 +122,7 @@ func TestStrangersPrefixRouteStays(t *testing.T) {
 	l.reload(d, cfg)
 	l.want("routes after a reload", l.routes(index), active...)
 	d.Close()
-	d = l.active(Config{Name: "p0", Mode: Attach, MTU: 1500})
+	l.active(Config{Name: "p0", Mode: Attach, MTU: 1500})
 	l.want("routes after a sweep", l.routes(index), before...)
 	l.want("addresses", l.addresses(index), "10.42.0.7/24 proto 0", "fd42::7/64 proto 0")
 }

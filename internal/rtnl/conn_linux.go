@@ -240,16 +240,16 @@ func (c *Conn) dump(request Message) ([]Message, error) {
 	return all, err
 }
 
-// keep appends m to all, or a copy of it where it stands in the receive buffer.
-func (r *Message) keep(all []Message, m Message) []Message {
-	if r.Keep == nil {
-		return append(all, m)
+// keep appends an answer to all, or a copy of it where it stands in the receive buffer.
+func keep(all []Message, request, answer Message) []Message {
+	if request.Keep == nil {
+		return append(all, answer)
 	}
-	if !r.Keep(m) {
+	if !request.Keep(answer) {
 		return all
 	}
-	m.Body = bytes.Clone(m.Body)
-	return append(all, m)
+	answer.Body = bytes.Clone(answer.Body)
+	return append(all, answer)
 }
 
 // collectDump reads to the end of a dump; end: it got there.
@@ -276,7 +276,7 @@ func (c *Conn) collectDump(request Message) (all []Message, end bool, err error)
 			}
 			whole = whole && m.Flags&unix.NLM_F_DUMP_INTR == 0
 			if m.Type != unix.NLMSG_ERROR && m.Type != unix.NLMSG_DONE {
-				all = request.keep(all, m)
+				all = keep(all, request, m)
 				continue
 			}
 			if err := decodeError(m); err != nil {
