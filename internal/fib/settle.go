@@ -212,8 +212,8 @@ func (e *edit) absent(lo, hi int) {
 
 // found takes the route with which the kernel answers for the prefix: it stands before all others that are in use.
 func (e *edit) found(got *kernel.FIBRoute) {
-	lower, _ := e.group(got.Metric)
-	e.absent(0, lower)
+	before, _ := e.group(got.Metric)
+	e.absent(0, before)
 	lo, hi := e.group(got.Metric)
 	n, mine := e.t.admit(got, lo < hi)
 	defer e.t.leave(n.shape)
