@@ -39,8 +39,7 @@ func startFRR(s *speaker) *frr {
 		c.WriteString(" exit-address-family\n")
 	}
 	f.write("bgpd.conf", "log stdout\n"+c.String())
-	f.startZebra()
-	f.bgpd = f.run("bgpd", "-l", f.v4())
+	f.start()
 	s.daemon = f
 	return f
 }
@@ -60,11 +59,26 @@ func (f *frr) run(name string, more ...string) *nstest.Process {
 		"-z", filepath.Join(f.dir, "zserv.api"), "-i", filepath.Join(f.dir, name+".pid"), "-f", filepath.Join(f.dir, name+".conf"),
 	}
 	p := f.ns.Start(f.T, append(command, more...)...)
-	p.Expect(f.T, name+" 8.4.4 starting")
+	p.Expect(f.T, " starting: vty")
 	return p
 }
 
-func (f *frr) startZebra() { f.Helper(); f.zebra = f.run("zebra") }
+func (f *frr) start() {
+	f.Helper()
+	f.zebra = f.run("zebra")
+	f.bgpd = f.run("bgpd", "-l", f.v4())
+}
+
+// restart starts zebra again, and bgpd with it, which would not tell a new zebra of old routes: watchfrr does the same.
+func (f *frr) restart() {
+	f.Helper()
+	f.zebra.Kill()
+	f.bgpd.Kill()
+	f.start()
+	subnets := f.announced
+	f.announced = nil
+	f.announce(subnets...)
+}
 
 // announce tells bgpd what changes.
 func (f *frr) announce(prefixes ...string) {
@@ -105,12 +119,67 @@ func (f *frr) log() string {
 		f.vtysh("bgpd", "show bgp summary") + f.zebra.Output() + f.bgpd.Output()
 }
 
-// What FRR speaks over the overlay and installs as nexthop objects, RoutesFor says.
+// objects fails unless the kernel's route to a subnet goes by a nexthop object, to a group by one of a group.
+func (f *frr) objects(subnet int, group bool) {
+	f.Helper()
+	for _, route := range []string{f.ip("route show " + subnet4(subnet)), f.ip("-6 route show " + subnet6(subnet))} {
+		_, id, ok := strings.Cut(route, " nhid ")
+		if !ok {
+			f.Errorf("without a nexthop object: %s", route)
+			continue
+		}
+		id, _, _ = strings.Cut(id, " ")
+		if object := f.ip("nexthop show id " + id); strings.Contains(object, "group") != group {
+			f.Errorf("group %v: %s has %s", !group, route, object)
+		}
+	}
+}
+
+// What FRR speaks over the overlay and installs as nexthop objects, RoutesFor says, also when zebra is restarted: on host 1 it
+// dies by SIGKILL, and routes and objects stay as they were, on host 2 it ends in good order and takes them with it.
 func TestSpeakersFRR(t *testing.T) {
-	speakers := newSpeakers(t, 3, nstest.Program("zebra"), nstest.Program("bgpd"), nstest.Program("vtysh"))
+	speakers := newSpeakers(t, 3, nstest.Program("zebra"), nstest.Program("bgpd"), nstest.Program("vtysh"),
+		nstest.Program("unshare"), nstest.Program("mount"))
 	frrs := make([]*frr, len(speakers))
 	for i, s := range speakers {
 		frrs[i] = startFRR(s)
 	}
 	converse(t, speakers)
+	one, two, three := speakers[0], speakers[1], speakers[2]
+	two.announce(2, 9)
+	three.announce(3, 9)
+	one.want(9, 2, 3)
+	frrs[0].objects(9, true)
+	frrs[0].objects(2, false)
+
+	frrs[0].zebra.Kill()
+	if err := frrs[1].zebra.Stop(); err != nil {
+		t.Errorf("zebra: %v", err)
+	}
+	two.want(1)
+	two.want(3)
+	three.announce(8)
+	for _, s := range speakers {
+		s.agree()
+	}
+	one.want(2, 2)
+	one.want(9, 2, 3) // nobody takes it away
+	frrs[0].restart()
+	frrs[1].restart()
+	for _, s := range speakers {
+		s.agree()
+	}
+	for _, s := range speakers[:2] {
+		s.want(8, 3)
+		s.want(3)
+	}
+	one.want(2, 2)
+	one.want(9, 2)
+	two.want(1, 1)
+	three.want(1, 1)
+	one.knock(2)
+	frrs[0].objects(2, false)
+	for _, s := range speakers {
+		s.agree()
+	}
 }

@@ -133,7 +133,7 @@ func (s *speaker) wantVia(addr, want string) {
 	}
 }
 
-// agree waits until RoutesFor says what the kernel says, whatever that is, about the subnets 1 to 9 of both families.
+// agree waits until RoutesFor says what the kernel says, whatever that is, about the subnets 0 to 9 of both families.
 func (s *speaker) agree() {
 	s.Helper()
 	for n := range 10 {
