@@ -262,4 +262,13 @@ func converse(t *testing.T, speakers []*speaker) {
 	one.want(2, 2)
 	one.knock(2)
 	step("and back")
+
+	one.ip("link set overlay0 down")
+	one.want(2)
+	one.want(3)
+	one.ip("link set overlay0 up")
+	one.want(2, 2)
+	one.want(3, 3)
+	one.knock(3)
+	step("the link down and up")
 }
