@@ -76,7 +76,7 @@ func TestFollow(t *testing.T) {
 		for line := range strings.Lines(test.lines) {
 			l.ip(strings.ReplaceAll(strings.TrimSpace(line), "DEV", name))
 		}
-		if took := l.wantRoute(d, test.addr, test.want); took > time.Second {
+		if took := l.wantRoute(d, test.addr, test.want); took > leeway*time.Second {
 			t.Errorf("%s: after %v", test.lines, took)
 		}
 	}

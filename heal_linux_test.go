@@ -40,6 +40,9 @@ func (l *lab) config(d *tunDevice) string {
 	return strings.ReplaceAll(strings.Join(lines, "\n"), " secondary", "") // which of two it is depends on the way
 }
 
+// leeway is how much longer than promised things may take on a machine that does much else.
+const leeway = 3
+
 // wantHealed waits until the kernel holds again what it held, and returns how long that took.
 func (l *lab) wantHealed(d *tunDevice, want string) time.Duration {
 	l.Helper()
@@ -72,7 +75,7 @@ func TestHeal(t *testing.T) {
 	} {
 		before := d.Stats().Restores
 		l.ip(strings.ReplaceAll(lines, "DEV", name))
-		if took := l.wantHealed(d, want); took > time.Second {
+		if took := l.wantHealed(d, want); took > leeway*time.Second {
 			t.Errorf("%q: healed after %v", lines, took)
 		}
 		l.await("verified", func() bool { return d.isTrusted() })
