@@ -27,7 +27,7 @@ func (d *tunDevice) Activate() error {
 	}
 	d.active = true
 	if !d.follower.running() {
-		d.follow(&d.cfg, &d.cfg)
+		d.follower.change(d, &d.cfg, &d.cfg)
 	}
 	return nil
 }
@@ -41,8 +41,17 @@ const (
 // past is what Activate and Reload remember from one call to the next.
 type past struct {
 	added map[netip.Prefix]bool // addresses
-	lacks map[string]error      // optional steps that failed the last time
+	lacks map[string]lack       // optional steps that failed the last time, by what they are
 }
+
+// lack is an optional step that failed.
+type lack struct {
+	step step
+	err  error
+}
+
+func (l lack) Error() string { return fmt.Sprintf("%s: %v", l.step, l.err) }
+func (l lack) Unwrap() error { return l.err }
 
 // converge brings the kernel to what cfg asks, and checks that it is there. On error it takes back all that run did, before
 // and now.
@@ -52,13 +61,21 @@ func (d *tunDevice) converge(op string, cfg *Config, run *execution) error {
 	if err := run.reach(&want); err != nil {
 		return d.giveUp(op, run, &want, err)
 	}
-	run.report()
+	run.report(true)
+	d.allWell()
 	d.trust = run.trust(&want)
 	if len(run.done) > 0 {
 		d.follower.resync(errLink)
 	}
 	d.shadows(run.now, &want, cfg)
 	return nil
+}
+
+// allWell takes back what State says of trouble with healing.
+func (d *tunDevice) allWell() {
+	d.viewMu.Lock()
+	d.leftOut, d.unhealed = nil, nil
+	d.viewMu.Unlock()
 }
 
 // giveUp takes back all that run did, and makes the contract's error of why.
@@ -98,10 +115,13 @@ type execution struct {
 	seenAt      uint64                  // doubts at the last
 	concerned   func(netip.Prefix) bool // of others' routes, which to look at; nil: all
 	done        []step                  // also those whose outcome is unknown
-	failed      map[string]error
-	left        []step // of the last round
-	held        bool   // a step's end was reached already: things are not as we thought
-	unknown     error  // why the outcome of some is
+	failed      map[string]lack
+	left        []step                   // of the last round
+	held        bool                     // a step's end was reached already: things are not as we thought
+	present     map[kernel.RouteKey]bool // IPv6 routes that the kernel refused because they are there
+	gone        []kernel.Route           // to be deleted once though they may not be listed; see routeChanges.hidden
+	deleted     map[kernel.RouteKey]bool // of these
+	unknown     error                    // why the outcome of some is
 }
 
 // reach looks, plans and carries out until there is nothing left to do, and the kernel takes packets for our addresses.
@@ -150,10 +170,15 @@ func (e *execution) reach(want *desired) error {
 func (e *execution) look() (err error) {
 	e.device.watch.hearAll(e.device)
 	e.seenAt = e.device.doubts.Load()
-	if e.now, err = e.device.observe(e.concerned); err == nil && e.before == nil {
+	if e.now, err = e.device.observe(e.concerned); err != nil {
+		return err
+	}
+	e.gone = slices.DeleteFunc(e.gone, func(r kernel.Route) bool { return e.deleted[r.RouteKey] })
+	e.now.routes = withUnlisted(e.now.routes, e.gone)
+	if e.before == nil {
 		e.before = e.now
 	}
-	return err
+	return nil
 }
 
 // feasible finds what cannot work, before the system is touched.
@@ -228,6 +253,10 @@ func (d *tunDevice) observeRoutes(have *observed, family uint8, concerned func(n
 		if err != nil {
 			return err
 		}
+		// We install none by a nexthop object, and could not delete one by its key: with our protocol it is somebody else's.
+		if r.Object && r.Protocol == d.cfg.protocol() {
+			continue
+		}
 		if unicast && r.Link == d.index && r.Table != kernel.TableLocal {
 			have.routes = append(have.routes, r)
 		}
@@ -280,9 +309,28 @@ func (p *deliveries) wait(waiting []netip.Addr) error {
 	return nil
 }
 
-// pending leaves out the optional steps that failed already.
+// pending leaves out routes that are there and not listed: the kernel passes over one of ours between the legs of another's multipath
+// route; and the optional steps that failed already. It forgets those that are needless by now: an address goes with a small MTU.
 func (e *execution) pending(steps []step) []step {
-	return slices.DeleteFunc(steps, func(s step) bool { return e.failed[s.String()] != nil })
+	if len(e.present) > 0 {
+		listed := keys(e.now.routes)
+		steps = slices.DeleteFunc(steps, func(s step) bool {
+			return s.kind == stepAddRoute && e.present[s.route.RouteKey] && !listed[s.route.RouteKey]
+		})
+	}
+	if len(e.failed) == 0 {
+		return steps
+	}
+	still := make(map[string]lack)
+	rest := slices.DeleteFunc(steps, func(s step) bool {
+		l, failed := e.failed[s.String()]
+		if failed {
+			still[s.String()] = l
+		}
+		return failed
+	})
+	e.failed = still
+	return rest
 }
 
 // carryOut runs the steps phase by phase, each phase in one send. The first that fails and is not optional ends it; so does
@@ -311,19 +359,25 @@ func (e *execution) settle(steps []step, results []error) (known bool, first err
 	e.done = slices.Grow(e.done, len(steps))
 	for i, err := range results {
 		s := steps[i]
+		if s.kind == stepDelRoute && len(e.gone) > 0 {
+			mark(&e.deleted, s.route.RouteKey)
+		}
 		switch {
 		case err == nil:
 			e.did(s)
 		case errors.Is(err, rtnl.ErrUnknown):
 			known, e.unknown = false, err
 			e.did(s)
-		case s.optional:
-			if e.failed == nil {
-				e.failed = make(map[string]error)
-			}
-			e.failed[s.String()] = err
 		case s.held(err):
 			e.held = true
+			if s.kind == stepAddRoute && s.route.Prefix.Addr().Is6() {
+				mark(&e.present, s.route.RouteKey)
+			}
+		case s.optional:
+			if e.failed == nil {
+				e.failed = make(map[string]lack)
+			}
+			e.failed[s.String()] = lack{s, err}
 		case first == nil:
 			first = fmt.Errorf("%s: %w", s, err)
 		}
@@ -345,21 +399,30 @@ func (e *execution) did(s step) {
 	}
 }
 
-// report tells of optional steps that failed, once, and of foreign routes that went with an address.
-func (e *execution) report() {
+// report tells of optional steps that failed, once, and of foreign routes that went with an address. all: every step that is due was
+// tried, so that what failed before and not now is no lack any more.
+func (e *execution) report(all bool) {
 	d := e.device
 	var news []error
 	d.viewMu.Lock()
-	for name, err := range d.past.lacks {
-		if e.failed[name] == nil {
-			d.notes = slices.DeleteFunc(d.notes, func(n string) bool { return n == lack(name, err).Error() })
+	for name, l := range d.past.lacks {
+		if _, still := e.failed[name]; still {
+			continue
+		}
+		if !all {
+			if e.failed == nil {
+				e.failed = make(map[string]lack)
+			}
+			e.failed[name] = l
+		} else {
+			d.notes = slices.DeleteFunc(d.notes, func(n string) bool { return n == l.Error() })
 		}
 	}
-	for name, err := range e.failed {
-		if d.past.lacks[name] == nil {
-			news = append(news, lack(name, err))
+	for name, l := range e.failed {
+		if told, before := d.past.lacks[name]; before {
+			e.failed[name] = lack{l.step, told.err}
 		} else {
-			e.failed[name] = d.past.lacks[name] // as it was told
+			news = append(news, l)
 		}
 	}
 	slices.SortFunc(news, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
@@ -376,8 +439,6 @@ func (e *execution) report() {
 		d.notify(Event{Kind: EventDegraded, N: len(lost), Err: err})
 	}
 }
-
-func lack(name string, err error) error { return fmt.Errorf("%s: %w", name, err) }
 
 // takeBack undoes what was done, last first, then looks for what that left different, and returns what stays so.
 func (e *execution) takeBack() error {

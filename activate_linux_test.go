@@ -341,8 +341,8 @@ func TestIPv6Disabled(t *testing.T) {
 		"fd42::/64 table 254 metric 256 proto 111 mtu 1300 mss 1240")
 }
 
-// An fe80:: address that was asked for is part of the Config: where somebody disables IPv6 and it goes, healing is patient, and an
-// equal Reload does not say that all is well.
+// An fe80:: address that was asked for is part of the Config: where somebody disables IPv6 and it goes, healing is patient, which is
+// told, and an equal Reload does not say that all is well.
 func TestLinkLocalIsMissed(t *testing.T) {
 	l := newLab(t)
 	cfg := Config{LinkLocal: true}
@@ -355,7 +355,10 @@ func TestLinkLocalIsMissed(t *testing.T) {
 	if err := d.Reload(cfg); !errors.Is(err, ErrIPv6Disabled) {
 		t.Errorf("Reload: %v", err)
 	}
-	l.noEvent(d, EventDegraded)
+	if e := l.event(d, EventDegraded); !errors.Is(e.Err, ErrIPv6Disabled) {
+		t.Errorf("event %v", e)
+	}
+	l.noEvent(d, EventDegraded) // told once
 	l.setSysctl("ipv6/conf/tun0/disable_ipv6", "0")
 	l.must(d.Reload(cfg))
 	if got := l.addresses(d.index); len(got) != 1 {

@@ -6,13 +6,14 @@ import (
 	"strconv"
 	"strings"
 
+	"example.com/overlay/internal/kernel"
 	"golang.org/x/sys/unix"
 )
 
 // adopt checks that fds are the queues of one TUN device in this namespace, all of them, and works on duplicates: the
 // caller's are closed when nothing can fail any more. It changes nothing; attachment.queues does, when all is well.
 func (o *opener) adopt(fds []int) (*attachment, error) {
-	a := &attachment{adopted: fds}
+	a := &attachment{adopted: fds, without: o.cfg.NoOffload}
 	name, err := o.takeDuplicates(a)
 	if err != nil {
 		a.close()
@@ -40,7 +41,27 @@ func (o *opener) takeDuplicates(a *attachment) (name string, err error) {
 	if err := o.identify(a); err != nil {
 		return name, err
 	}
-	return name, nil
+	return name, o.agrees(&a.link.Tun)
+}
+
+// agrees compares what Config says, where it says something, of what the device keeps.
+func (o *opener) agrees(is *kernel.Tun) error {
+	switch said := o.cfg; {
+	case said.Owner != 0 && int64(said.Owner) != is.Owner:
+		return fmt.Errorf("its owner is %s, Config says uid %d", idText("uid", is.Owner), said.Owner)
+	case said.Group != 0 && int64(said.Group) != is.Group:
+		return fmt.Errorf("its group is %s, Config says gid %d", idText("gid", is.Group), said.Group)
+	case said.Persist && !is.Persist:
+		return errors.New("it ends with its descriptors, Config says that it shall not")
+	}
+	return nil
+}
+
+func idText(kind string, id int64) string {
+	if id < 0 {
+		return "not set"
+	}
+	return fmt.Sprintf("%s %d", kind, id)
 }
 
 // inspect checks the i-th descriptor by itself and against those before it.
@@ -73,7 +94,7 @@ func (a *attachment) inspect(i int, name *string) error {
 	return a.acceptable(theirs, flags)
 }
 
-func (a *attachment) acceptable(fd int, flags tunFlags) (err error) {
+func (a *attachment) acceptable(fd int, flags tunFlags) error {
 	switch {
 	case flags&flagTUN == 0:
 		return errors.New("a TAP device: this package carries IP packets only")
@@ -81,16 +102,8 @@ func (a *attachment) acceptable(fd int, flags tunFlags) (err error) {
 		return errors.New("it was opened with IFF_NAPI, which this package refuses")
 	case flags&flagDetached != 0:
 		return fmt.Errorf("the queue of descriptor %d is detached (IFF_DETACH_QUEUE): no packet would reach it", fd)
-	case flags&flagVnetHeader == 0:
-		return nil
 	}
-	if a.header, err = headerSize(a.fds[0]); err == nil && a.header > maxVnetSize {
-		err = errors.ErrUnsupported
-	}
-	if err != nil {
-		return fmt.Errorf("its packets have a virtio header of %d bytes: %w", a.header, err)
-	}
-	return nil
+	return a.measureHeader(a.fds[0])
 }
 
 // identify finds the interface, and makes sure that it is here and that no other queue of it swallows flows.

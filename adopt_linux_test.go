@@ -115,7 +115,7 @@ func TestAdopt(t *testing.T) {
 		header int
 		cfg    Config
 	}{
-		{plain, 1, 0, Config{}},
+		{plain, 1, 0, Config{Owner: otherID(), Group: otherID(), Mode: AttachOrCreate, Name: "x0"}},
 		{plain | flagVnetHeader, 1, 10, Config{Name: "x1"}},
 		{plain | flagVnetHeader, 1, 12, Config{Name: "x%d", Queues: 1}},
 		{plainMany, 3, 0, Config{}},
@@ -365,6 +365,9 @@ func TestAdoptRefuses(t *testing.T) {
 		{"(it has 2 queues, we have 1", two[:1], Config{}, ErrBusy},
 		{`adopt one: its name is not "x", as Config says`, []int{one}, Config{Name: "x"}, nil},
 		{`adopt one: its name is not "one%d", as Config says`, []int{one}, Config{Name: "one%d"}, nil},
+		{"adopt one: its owner is not set, Config says uid 1", []int{one}, Config{Owner: 1}, nil},
+		{"adopt one: its group is not set, Config says gid 1", []int{one}, Config{Group: 1}, nil},
+		{"adopt one: it ends with its descriptors, Config says", []int{one}, Config{Persist: true}, nil},
 		{"lives in another network namespace: name it in Config.NetNS", []int{one}, Config{NetNS: other.Path()}, errElsewhere},
 		{"is detached (IFF_DETACH_QUEUE): no packet would reach it", detached, Config{}, nil},
 		{"its packets have a virtio header of 65 bytes", []int{long}, Config{}, errors.ErrUnsupported},
@@ -419,9 +422,6 @@ func TestAdoptConfig(t *testing.T) {
 	}{
 		{"Queues", Config{}, nil},
 		{"Queues", Config{Queues: 2}, []int{9999}},
-		{"Owner", Config{Owner: 1}, []int{9999}},
-		{"Group", Config{Group: 1}, []int{9999}},
-		{"Persist", Config{Persist: true}, []int{9999}},
 		{"Disabled", Config{Disabled: true}, []int{9999}},
 		{"MTU", Config{MTU: 1}, []int{9999}},
 	} {

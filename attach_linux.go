@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"example.com/overlay/internal/kernel"
@@ -18,6 +17,7 @@ type attachment struct {
 	fds        []int
 	flags      tunFlags // as read back
 	header     int      // bytes of virtio header before each packet
+	without    Offload  // not to be used
 	link       kernel.Link
 	persist    bool         // still to be made persistent
 	drain      bool         // what waits in the queues came under an earlier user's offload mask
@@ -55,18 +55,18 @@ func (a *attachment) abandon(err error, closeAll func()) error {
 
 // queues makes queues of the descriptors, which are theirs from then on. Only when all else is done is the device changed
 // for good, and are the caller's originals closed, if any. On error it closes all that is ours; the device is as it was.
-func (a *attachment) queues(bare *atomic.Bool) (queues []*tunQueue, err error) {
+func (a *attachment) queues(common *shared) (queues []*tunQueue, err error) {
 	fds := slices.Clone(a.fds)
 	undo, err := nonblocking(a.adopted) // ours are so from the start, or share the flag with these
 	for len(a.fds) > 0 && err == nil {
 		var q *tunQueue
-		if q, err = newTunQueue(a.fds[0], a.link.Name, a.header, bare); err == nil {
+		if q, err = newTunQueue(a.fds[0], a.link.Name, a.header, common); err == nil {
 			queues = append(queues, q)
 		}
 		a.fds = a.fds[1:] // the queue's, or closed
 	}
 	if err == nil {
-		err = a.finish(fds)
+		err = a.finish(fds, common)
 	}
 	if err != nil {
 		undo()
@@ -84,10 +84,17 @@ func (a *attachment) queues(bare *atomic.Bool) (queues []*tunQueue, err error) {
 }
 
 // finish makes the changes that outlive the descriptors.
-func (a *attachment) finish(fds []int) error {
-	if err := setOffload(fds[0], 0); err != nil {
-		return fmt.Errorf("set offload: %w", err)
+func (a *attachment) finish(fds []int, common *shared) error {
+	if a.header > 0 {
+		if err := setNativeOrder(fds[0]); err != nil {
+			return err
+		}
 	}
+	granted, err := grant(fds[0], a.header, a.without)
+	if err != nil {
+		return err
+	}
+	common.offloads.granted.Store(uint32(granted))
 	if a.drain {
 		discard(fds, a.link.TxQueueLen)
 	}
@@ -233,7 +240,8 @@ func (o *opener) attachOnce() (*attachment, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &attachment{fds: fds, link: link, drain: true}
+	flags |= vnetHeader(fds[0])
+	a := &attachment{fds: fds, link: link, drain: true, without: o.cfg.NoOffload}
 	a.reframe = func() error { return o.reframe(&link) }
 	if err = o.addQueues(a, fds, flags); err == nil {
 		err = o.onlyOurs(a)
@@ -332,6 +340,21 @@ func (o *opener) sameDevice(a *attachment, fd int, flags tunFlags) error {
 			got&framing, flags&framing, link.Tun.PacketInfo)
 	}
 	a.flags = got
+	return a.measureHeader(fd)
+}
+
+// measureHeader asks how large the virtio header is, if there is one.
+func (a *attachment) measureHeader(fd int) (err error) {
+	if a.flags&flagVnetHeader == 0 {
+		return nil
+	}
+	a.header, err = headerSize(fd)
+	switch {
+	case err != nil:
+		return fmt.Errorf("read the size of its virtio header: %w", err)
+	case a.header < vnetHeaderSize || a.header > maxVnetSize:
+		return fmt.Errorf("its packets have a virtio header of %d bytes: %w", a.header, errors.ErrUnsupported)
+	}
 	return nil
 }
 

@@ -53,7 +53,7 @@ func TestAttachPrepared(t *testing.T) {
 			}
 			_, flags, err := getIff(int(f.Fd()))
 			f.Close()
-			if want := flagTUN | c.flags; err != nil || flags&framing != want || after.Tun.PacketInfo {
+			if want := flagTUN | flagVnetHeader | c.flags; err != nil || flags&framing != want || after.Tun.PacketInfo {
 				t.Errorf("%q: flags %#x, %v; want %#x", c.prepare, flags, err, want)
 			}
 			if err := d.Activate(); err != nil {
@@ -272,8 +272,8 @@ func TestAttachingCreatesNothing(t *testing.T) {
 	})
 }
 
-// The offload mask that an earlier user left is cleared, and what came under it is thrown away: without a virtio header a
-// superpacket looks like one packet longer than the MTU (kernel.md C1, U49).
+// The offload mask that an earlier user left is cleared where none is to be used, and what came under it is thrown away
+// (kernel.md C1, U49).
 func TestAttachClearsOffload(t *testing.T) {
 	nstest.Require(t, nstest.TUN, nstest.Program("ip"), nstest.Program("ethtool"))
 	nstest.Leaks(t)
@@ -301,7 +301,7 @@ func TestAttachClearsOffload(t *testing.T) {
 			t.Fatal("the mask does not outlive its setter")
 		}
 		send := func() { sendSuperpacket(t, ns, [4]byte{10, 9, byte(i), 2}) }
-		d := opened(t)(newWith(Config{Name: name, Mode: Attach, NetNS: ns.Path()}, func(fd int, name string, flags tunFlags) (string, error) {
+		d := opened(t)(newWith(Config{Name: name, Mode: Attach, NoOffload: OffloadTCP | OffloadUDP, NetNS: ns.Path()}, func(fd int, name string, flags tunFlags) (string, error) {
 			got, err := setIff(fd, name, flags)
 			for n := 0; n == 0 && err == nil; { // the kernel needs a moment to notice that there is a carrier now
 				send()
@@ -364,9 +364,9 @@ func TestAttachRaces(t *testing.T) {
 		{"replaced", "", 1, 1, func() { ns.Run(t, "ip link del x"); prepare("pi") }, os.ErrNotExist, "renamed, moved or deleted"},
 		{"deleted", "", 1, 1, func() { ns.Run(t, "ip link del x") }, os.ErrNotExist, "renamed, moved or deleted"},
 		// U50: the kernel ignores the flags of all queues but the first, which here is another's.
-		{"other framing", "multi_queue", 2, 1, func() { rawTun(t, ns, "x", strangerFlags|flagVnetHeader) }, nil, "its queues have flags"},
-		{"packet information", "multi_queue", 2, 1, func() { rawTun(t, ns, "x", flagTUN|flagMultiQueue) }, nil, "packet information true"},
-		{"one more", "multi_queue", 2, 1, func() { rawTun(t, ns, "x", strangerFlags) }, ErrBusy, "1 of its queues are taken"},
+		{"other framing", "multi_queue", 2, 1, func() { rawTun(t, ns, "x", strangerFlags) }, nil, "its queues have flags"},
+		{"packet information", "multi_queue", 2, 1, func() { rawTun(t, ns, "x", flagTUN|flagMultiQueue|flagVnetHeader) }, nil, "packet information true"},
+		{"one more", "multi_queue", 2, 1, func() { rawTun(t, ns, "x", strangerFlags|flagVnetHeader) }, ErrBusy, "1 of its queues are taken"},
 		{"one more, detached", "multi_queue", 2, 2, func() { detachQueue(rawTun(t, ns, "x", strangerFlags)) }, ErrBusy, "1 of its queues are taken"},
 		{"full", "multi_queue", 256, 9, func() { rawTun(t, ns, "x", strangerFlags) }, unix.E2BIG, "a device has at most 256 queues"},
 	} {

@@ -141,7 +141,7 @@ func TestReadBetweenReadBatches(t *testing.T) {
 
 // Of a mixture WriteBatch takes what it can, in order, counts what the filter dropped as taken, and tells of the first refusal.
 func TestWriteBatchOfAMixture(t *testing.T) {
-	r := newRig(t, Config{})
+	r := newRig(t, Config{NoOffload: OffloadTCP | OffloadUDP})
 	w := r.tap()
 	redirect := filterV4(1, 0, 0, 5, 1, 0, 0)
 	malformed := Packet{superTCP4(100), 70_000}

@@ -33,6 +33,7 @@ func BenchmarkQueueWrite(b *testing.B) {
 	r, f := benchRig(b)
 	for _, size := range []int{64, 1300} {
 		packet := unwanted(size)
+		framed := append(make([]byte, vnetHeaderSize), packet...)
 		batch := make([]Packet, 64)
 		for i := range batch {
 			batch[i].Data = packet
@@ -42,7 +43,7 @@ func BenchmarkQueueWrite(b *testing.B) {
 			each  int
 			write func() error
 		}{
-			{"file", 1, func() error { _, err := f.Write(packet); return err }},
+			{"file", 1, func() error { _, err := f.Write(framed); return err }},
 			{"Write", 1, func() error { _, err := r.q.Write(packet); return err }},
 			{"WriteBatch", len(batch), func() error { _, err := r.q.WriteBatch(batch); return err }},
 		} {

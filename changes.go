@@ -25,19 +25,19 @@ func changedRoutes(old, next []Route) (c routeChanges) {
 	}
 	had := make(map[kernel.RouteKey]*Route, len(old))
 	for i := range old {
-		had[old[i].key()] = &old[i]
+		had[old[i].written()] = &old[i]
 	}
 	c.come = make([]*Route, 0, len(next))
 	for i := range next {
 		r := &next[i]
-		if was := had[r.key()]; was != nil && was.equal(r) {
-			delete(had, r.key())
+		if was := had[r.written()]; was != nil && was.equal(r) {
+			delete(had, r.written())
 			continue
 		}
 		c.come = append(c.come, r)
 	}
 	for i := range old {
-		if r := &old[i]; had[r.key()] == r {
+		if r := &old[i]; had[r.written()] == r {
 			c.gone = append(c.gone, r)
 		}
 	}
@@ -48,6 +48,12 @@ func changedRoutes(old, next []Route) (c routeChanges) {
 		}
 	}
 	return c
+}
+
+// written tells r from all other routes of a valid Config, whatever its networks are: its metric is the one that is written. In the
+// kernel's terms Metric 0 of IPv6 is 256 for a network of ours (see Config.keyOf), and 1024 beside it another route.
+func (r *Route) written() kernel.RouteKey {
+	return kernel.RouteKey{Prefix: r.Prefix, Table: r.table(), Metric: uint32(r.Metric)}
 }
 
 func (r *Route) equal(other *Route) bool {
@@ -90,32 +96,72 @@ func (c routeChanges) planChanges(old, next *Config, link int) (steps []step, wa
 		for _, r := range list {
 			if !r.NoInstall {
 				want.ipv6 = want.ipv6 || r.Prefix.Addr().Is6()
-				*to = append(*to, want.route(cfg, r.key(), link, cfg.routeMTU(r)))
+				*to = append(*to, want.route(cfg, cfg.keyOf(r), link, cfg.routeMTU(r)))
 			}
 		}
 	}
 	install(old, c.gone, &have)
 	install(next, c.come, &want.routes)
-	var keys map[kernel.RouteKey]bool // of all routes; made when somebody asks, which IPv6 alone does
+	var keys map[kernel.RouteKey]bool // of all of next's, some of which do not change; made when somebody asks, which IPv6 alone does
 	taken := func(k kernel.RouteKey) bool {
 		if keys == nil {
-			keys = allKeys(old, next)
+			keys = make(map[kernel.RouteKey]bool, len(next.Routes))
+			for i := range next.Routes {
+				keys[next.keyOf(&next.Routes[i])] = true
+			}
 		}
 		return keys[k]
 	}
 	return planRoutes(&observed{routes: have}, &want, taken), want
 }
 
-// allKeys are those of the routes of both.
-func allKeys(old, next *Config) map[kernel.RouteKey]bool {
-	keys := make(map[kernel.RouteKey]bool, len(old.Routes)+len(old.Networks))
-	for _, cfg := range []*Config{old, next} {
-		for _, network := range cfg.Networks {
-			keys[connectedKey(network)] = true
-		}
-		for i := range cfg.Routes {
-			keys[cfg.Routes[i].key()] = true
+// hidden are the IPv6 routes that go. Between the legs of another's multipath route the kernel has ours and does not list it, so that a
+// look is no reason to leave it behind.
+func (c routeChanges) hidden(old, next *Config, link int) (routes []kernel.Route) {
+	was := desired{protocol: old.protocol()}
+	for _, r := range c.gone {
+		if r.Prefix.Addr().Is6() && !r.NoInstall {
+			routes = append(routes, was.route(old, old.keyOf(r), link, old.routeMTU(r)))
 		}
 	}
-	return keys
+	if len(routes) == 0 {
+		return nil
+	}
+	wanted := keys(desire(next, link).routes)
+	return slices.DeleteFunc(routes, func(r kernel.Route) bool { return wanted[r.RouteKey] })
+}
+
+// withUnlisted appends to routes of all protocols those of ours that are not among them.
+func withUnlisted(routes, ours []kernel.Route) []kernel.Route {
+	if len(ours) == 0 {
+		return routes
+	}
+	listed := make(map[kernel.RouteKey]bool)
+	for i := range routes {
+		if routes[i].Protocol == ours[0].Protocol {
+			listed[routes[i].RouteKey] = true
+		}
+	}
+	for _, r := range ours {
+		if !listed[r.RouteKey] {
+			routes = append(routes, r)
+		}
+	}
+	return routes
+}
+
+func keys(routes []kernel.Route) map[kernel.RouteKey]bool {
+	all := make(map[kernel.RouteKey]bool, len(routes))
+	for i := range routes {
+		all[routes[i].RouteKey] = true
+	}
+	return all
+}
+
+// mark puts a key into a set that may not be there yet.
+func mark(set *map[kernel.RouteKey]bool, key kernel.RouteKey) {
+	if *set == nil {
+		*set = make(map[kernel.RouteKey]bool)
+	}
+	(*set)[key] = true
 }

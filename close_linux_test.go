@@ -263,11 +263,11 @@ func TestForgottenFileKeepsTheDevice(t *testing.T) {
 	buf := make([]byte, maxPacket)
 	w.send(sequence(2))
 	for i := 1; i <= 2; i++ {
-		if n, err := f.Read(buf); err != nil || !bytes.Equal(buf[:n], sequence(i)) {
+		if n, err := f.Read(buf); err != nil || !bytes.Equal(buf[vnetHeaderSize:n], sequence(i)) {
 			t.Fatalf("the successor reads %d bytes, %v", n, err)
 		}
 	}
-	if _, err := f.Write(sequence(3)); err != nil {
+	if _, err := f.Write(append(make([]byte, vnetHeaderSize), sequence(3)...)); err != nil {
 		t.Errorf("the successor's write: %v", err)
 	}
 	if err := f.Close(); err != nil {
@@ -439,11 +439,11 @@ func TestQueueCloseLeavesASuccessorsDuplicate(t *testing.T) {
 	}
 	buf := make([]byte, maxPacket)
 	for i := 1; i <= 2; i++ {
-		if n, err := f.Read(buf); err != nil || !bytes.Equal(buf[:n], sequence(i)) {
+		if n, err := f.Read(buf); err != nil || !bytes.Equal(buf[vnetHeaderSize:n], sequence(i)) {
 			t.Fatalf("the successor reads %d bytes, %v", n, err)
 		}
 	}
-	if _, err := f.Write(sequence(3)); err != nil {
+	if _, err := f.Write(append(make([]byte, vnetHeaderSize), sequence(3)...)); err != nil {
 		t.Errorf("the successor's write: %v", err)
 	}
 	r.requireStats(Stats{})

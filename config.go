@@ -249,9 +249,8 @@ func (v *validator) routePrefix(r *Route, i int) bool {
 
 func (v *validator) gateways(c *Config, i int) {
 	r := &c.Routes[i]
-	isNetwork := func(n netip.Prefix) bool { return n.IsValid() && connectedKey(n) == c.keyOf(r) }
-	if len(r.Via) > 0 && slices.ContainsFunc(c.Networks, isNetwork) {
-		v.refuseRoute(i, ".Via", r.Via, "the network itself is on-link: it has no gateway")
+	if len(r.Via) > 0 && slices.ContainsFunc(c.Networks, func(n netip.Prefix) bool { return c.prevails(n, r) }) {
+		v.refuseRoute(i, ".Via", r.Via, "the network itself is on-link, whatever the table: it has no gateway")
 	}
 	const few = 16 // up to which a scan is cheaper than a map
 	var seen map[netip.Addr]int
@@ -270,6 +269,16 @@ func (v *validator) gateways(c *Config, i int) {
 			seen[gateway.Addr] = n
 		}
 	}
+}
+
+// prevails says whether a network of ours answers in the place of r in any case: the tree has one answer for all tables, the lowest
+// metric's, while the kernel takes r for whoever looks into another table. In the network's own table a higher metric waits in both.
+func (c *Config) prevails(network netip.Prefix, r *Route) bool {
+	if !network.IsValid() || network.Masked() != r.Prefix {
+		return false
+	}
+	is, key := connectedKey(network), c.keyOf(r)
+	return key == is || key.Table != is.Table && key.Metric >= is.Metric
 }
 
 // gateway checks Routes[i].Via[n] by itself.

@@ -116,6 +116,13 @@ func TestValidateRefuses(t *testing.T) {
 		}}, "Routes[1].Via", `differs from Routes[0]`},
 		{Config{Networks: v4, Routes: []Route{routeTo("10.0.0.0/24", "10.0.0.2")}}, "Routes[0].Via", `on-link`},
 
+		{Config{Networks: v4, Routes: []Route{{Prefix: netip.MustParsePrefix("10.0.0.0/24"), Table: 7, Via: via("10.0.0.2")}}}, "Routes[0].Via", `on-link, whatever the table`},
+		{Config{Networks: v4, Routes: []Route{{Prefix: netip.MustParsePrefix("10.0.0.0/24"), Table: 7, Metric: 5, Via: via("10.0.0.2")}}}, "Routes[0].Via", `on-link`},
+		{Config{Networks: prefixes("fd00::1/64"), Routes: []Route{routeTo("fd00::/64", "fd00::2")}}, "Routes[0].Via", `on-link`},
+		{Config{Networks: prefixes("fd00::1/64"), Routes: []Route{{Prefix: netip.MustParsePrefix("fd00::/64"), Metric: 256, Via: via("fd00::2")}}}, "Routes[0].Via", `on-link`},
+		{Config{Networks: prefixes("fd00::1/64"), Routes: []Route{{Prefix: netip.MustParsePrefix("fd00::/64"), Table: 7, Via: via("fd00::2")}}}, "Routes[0].Via", `on-link`},
+		{Config{Networks: prefixes("fd00::1/64"), Routes: []Route{{Prefix: netip.MustParsePrefix("fd00::/64"), Table: 7, Metric: 256, Via: via("fd00::2")}}}, "Routes[0].Via", `on-link`},
+
 		{Config{Networks: v4, Routes: []Route{{Prefix: netip.MustParsePrefix("10.1.0.0/24"), Via: make([]Gateway, 1)}}}, "Routes[0].Via[0].Addr", `not an address`},
 		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.2.0.2")}}, "Routes[0].Via[0].Addr", `outside Networks`},
 		{Config{Networks: v4, Routes: []Route{routeTo("10.1.0.0/24", "10.0.0.1")}}, "Routes[0].Via[0].Addr", `our own address`},
@@ -169,6 +176,14 @@ func TestValidateAccepts(t *testing.T) {
 		{Networks: prefixes("10.0.0.1/24"), Routes: []Route{
 			{Prefix: netip.MustParsePrefix("10.1.0.0/24"), Via: via("10.0.0.2")},
 			{Prefix: netip.MustParsePrefix("10.1.0.0/24"), Via: via("10.0.0.3"), Metric: 7},
+		}},
+		// For a network's own prefix: on-link in another table, and by gateways at a metric that acts or, in main, waits.
+		{Networks: prefixes("10.0.0.1/24", "fd00::1/64"), Routes: []Route{
+			{Prefix: netip.MustParsePrefix("10.0.0.0/24"), Table: 7},
+			{Prefix: netip.MustParsePrefix("10.0.0.0/24"), Metric: 5, Via: via("10.0.0.2")},
+			{Prefix: netip.MustParsePrefix("fd00::/64"), Table: 7, Metric: 255, Via: via("fd00::2")},
+			{Prefix: netip.MustParsePrefix("fd00::/64"), Metric: 255, Via: via("fd00::2")},
+			{Prefix: netip.MustParsePrefix("fd00::/64"), Metric: 1024, Via: via("fd00::2")},
 		}},
 		{SystemRoutes: &SystemRoutes{Tables: []int{254, 7}, ReadBuffer: 1 << 30, Max: math.MaxInt32}},
 	} {

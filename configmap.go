@@ -24,10 +24,10 @@ const minNebulaMTU = 500
 // The rules are nebula's: routes lie inside the networks and carry an MTU of at least 500; no network holds the address of an
 // unsafe route, which may be wider than one; a metric is 0…2³¹−1, a weight 1…2³¹−1. One is our own: gateways lie inside the
 // networks. A Config written by hand may say more. Errors are *ConfigError, joined, whose fields are paths like
-// "tun.unsafe_routes[2].via[1].weight". On error cfg is base.
+// "tun.unsafe_routes[2].via[1].weight", or Config's where base is at fault. On error cfg is base.
 func ConfigFromMap(base Config, tun map[string]any) (cfg Config, ignored []string, err error) {
-	m := &mapping{cfg: base.clone(), networks: base.Networks}
-	m.section(tun)
+	m := &mapping{cfg: base.clone(), networks: base.Networks, tun: tun}
+	m.section()
 	if len(m.errs) == 0 {
 		m.validate()
 	}
@@ -40,32 +40,40 @@ func ConfigFromMap(base Config, tun map[string]any) (cfg Config, ignored []strin
 // mapping is a section on its way into a Config.
 type mapping struct {
 	validator
+	tun      map[string]any
 	cfg      Config
 	networks []netip.Prefix
 	routes   []Route
-	paths    []string // where each of routes came from
+	paths    []string        // where each of routes came from
+	single   map[string]bool // paths of via that are an address and no list
 	ignored  []string
 }
 
-func (m *mapping) section(tun map[string]any) {
-	keys := make([]string, 0, len(tun))
-	for key := range tun {
+func (m *mapping) section() {
+	keys := make([]string, 0, len(m.tun))
+	for key := range m.tun {
 		keys = append(keys, key)
 	}
 	slices.Sort(keys) // errors in an order that does not change
 	for _, key := range keys {
-		m.key(key, tun[key])
+		m.key(key, m.tun[key])
 	}
-	_, hasRoutes := tun["routes"]
-	if _, hasUnsafe := tun["unsafe_routes"]; hasRoutes || hasUnsafe {
+	_, hasRoutes := m.tun["routes"]
+	if _, hasUnsafe := m.tun["unsafe_routes"]; hasRoutes || hasUnsafe {
 		m.cfg.Routes = m.routes
 	} else {
 		m.paths = nil
 	}
 }
 
+// scalars are the keys that are as good as absent where nothing stands behind them, which YAML decodes to nil.
+var scalars = []string{"disabled", "dev", "mtu", "tx_queue", "use_system_route_table", "use_system_route_table_buffer_size"}
+
 func (m *mapping) key(key string, value any) {
 	path := "tun." + key
+	if value == nil && slices.Contains(scalars, key) {
+		return
+	}
 	switch key {
 	case "disabled":
 		m.boolean(path, value, &m.cfg.Disabled)
@@ -121,15 +129,15 @@ func (m *mapping) route(path string, entry map[string]any) {
 // unsafeRoute reads an entry of unsafe_routes: a prefix outside the networks, behind gateways.
 func (m *mapping) unsafeRoute(path string, entry map[string]any) {
 	var r Route
-	install := true
+	install, before := true, len(m.errs)
 	m.known(path, entry, "route", "via", "mtu", "metric", "install")
-	if value, ok := entry["mtu"]; ok && m.integer(path+".mtu", value, 0, maxMTU, &r.MTU) && r.MTU != 0 && r.MTU < minNebulaMTU {
+	if value := entry["mtu"]; value != nil && m.integer(path+".mtu", value, 0, maxMTU, &r.MTU) && r.MTU != 0 && r.MTU < minNebulaMTU {
 		m.refuse(path+".mtu", value, "want %d…%d bytes, or 0 for tun.mtu", minNebulaMTU, maxMTU)
 	}
-	if value, ok := entry["metric"]; ok {
+	if value := entry["metric"]; value != nil {
 		m.integer(path+".metric", value, 0, maxMetric, &r.Metric)
 	}
-	if value, ok := entry["install"]; ok {
+	if value := entry["install"]; value != nil {
 		m.boolean(path+".install", value, &install)
 	}
 	r.NoInstall = !install
@@ -142,6 +150,9 @@ func (m *mapping) unsafeRoute(path string, entry map[string]any) {
 	if slices.ContainsFunc(m.networks, func(n netip.Prefix) bool { return n.Contains(r.Prefix.Addr()) }) {
 		m.refuse(path+".route", r.Prefix, "inside an overlay network")
 	}
+	if r.Prefix.Bits() == 0 && r.Metric == 0 && install && len(m.errs) == before { // Validate would ask for a table, which no section has
+		m.refuse(path+".route", r.Prefix, "a default route at metric 0 takes over the host: give it a metric")
+	}
 	m.add(path, r)
 }
 
@@ -151,24 +162,29 @@ func (m *mapping) add(path string, r Route) {
 
 // via reads one gateway, or a list of gateways with weights.
 func (m *mapping) via(path string, value any, r *Route) {
+	before := len(m.errs)
 	if _, isText := value.(string); isText {
 		var g Gateway
 		if m.addr(path, value, &g.Addr) {
 			r.Via = []Gateway{g}
 		}
+		if m.single == nil {
+			m.single = make(map[string]bool)
+		}
+		m.single[path] = true
 		return
 	}
 	m.list(path, value, func(path string, entry map[string]any) {
 		g := Gateway{Weight: 1}
 		m.known(path, entry, "gateway", "weight")
-		if value, ok := entry["weight"]; ok {
+		if value := entry["weight"]; value != nil {
 			m.integer(path+".weight", value, 1, math.MaxInt32, &g.Weight)
 		}
 		if m.need(path, entry, "gateway") && m.addr(path+".gateway", entry["gateway"], &g.Addr) {
 			r.Via = append(r.Via, g)
 		}
 	})
-	if len(r.Via) == 0 && len(m.errs) == 0 {
+	if len(r.Via) == 0 && len(m.errs) == before {
 		m.refuse(path, value, "names no gateway")
 	}
 }
@@ -180,19 +196,31 @@ func (m *mapping) validate() {
 	m.errs = v.errs
 }
 
-// sectionNames translates the last parts of a field's path.
+// sectionKeys are the keys of the fields that Validate may refuse though a decoded value was taken.
+var sectionKeys = map[string]string{"MTU": "mtu", "Name": "dev"}
+
+// sectionNames translates the last parts of a route's path.
 var sectionNames = strings.NewReplacer(".Prefix", ".route", ".Table", ".route", ".Via", ".via", ".Addr", ".gateway",
 	".Weight", ".weight", ".Metric", ".metric", ".MTU", ".mtu")
 
 // rename gives a field of the Config the path that it has in the section; base's own keep theirs.
 func (m *mapping) rename(field string) string {
+	if key, ok := sectionKeys[field]; ok {
+		if _, ok := m.tun[key]; ok {
+			return "tun." + key
+		}
+	}
 	rest, isRoute := strings.CutPrefix(field, "Routes[")
 	number, rest, _ := strings.Cut(rest, "]")
 	i, err := strconv.Atoi(number)
 	if !isRoute || err != nil || i >= len(m.paths) {
 		return field
 	}
-	return m.paths[i] + sectionNames.Replace(rest)
+	rest = sectionNames.Replace(rest)
+	if m.single[m.paths[i]+".via"] {
+		rest = strings.Replace(rest, ".via[0].gateway", ".via", 1)
+	}
+	return m.paths[i] + rest
 }
 
 // known refuses keys that an entry does not have.
@@ -210,11 +238,11 @@ func (m *mapping) known(path string, entry map[string]any, keys ...string) {
 }
 
 func (m *mapping) need(path string, entry map[string]any, key string) bool {
-	_, ok := entry[key]
-	if !ok {
+	there := entry[key] != nil
+	if !there {
 		m.refuse(path+"."+key, nil, "missing")
 	}
-	return ok
+	return there
 }
 
 // list calls read for each entry of a list of maps, in any of the shapes that decoders give it.
@@ -225,6 +253,10 @@ func (m *mapping) list(path string, value any, read func(path string, entry map[
 	case []any:
 		entries = list
 	case []map[string]any: // TOML
+		for _, entry := range list {
+			entries = append(entries, entry)
+		}
+	case []map[any]any:
 		for _, entry := range list {
 			entries = append(entries, entry)
 		}
@@ -332,11 +364,17 @@ func wholeNumber(value any) (int64, bool) {
 	case int:
 		return int64(v), true
 	case int8, int16, int32, int64, uint8, uint16, uint32, uint, uint64, json.Number:
-		n, err := strconv.ParseInt(fmt.Sprint(v), 10, 64)
-		return n, err == nil
+		return wholeNumber(fmt.Sprint(v))
 	case string:
-		n, err := strconv.ParseInt(strings.TrimSpace(v), 10, 64)
-		return n, err == nil
+		text := strings.TrimSpace(v)
+		if n, err := strconv.ParseInt(text, 10, 64); err == nil {
+			return n, true
+		}
+		f, err := strconv.ParseFloat(text, 64)
+		if err != nil || strings.ContainsAny(text, "xX") { // hexadecimal: Go's, and no decoder's
+			return 0, false
+		}
+		return wholeNumber(f)
 	case float32:
 		return wholeNumber(float64(v))
 	case float64:

@@ -383,3 +383,104 @@ func TestDeletedInsteadIsPutBackAtOnce(t *testing.T) {
 	}
 	l.want("routes", l.routes(d.index), before...)
 }
+
+// A route of our protocol that leads through the device by a nexthop object is none of ours: nothing is done to it.
+func TestNexthopObjectOfOurProtocol(t *testing.T) {
+	l := newLab(t)
+	d := l.active(healed())
+	name := d.State().Name
+	l.ip("nexthop add id 7 via 10.42.0.9 dev " + name + "\nroute add 10.97.0.0/16 nhid 7 proto 111")
+	l.ip("nexthop add id 8 via fd42::9 dev " + name)
+	l.ip("-6 route add fd97::/64 nhid 8 proto 111")
+	l.must(d.Activate())
+	for _, list := range []string{l.ip("route show 10.97.0.0/16"), l.ip("-6 route show fd97::/64")} {
+		if !strings.Contains(list, "nhid") {
+			t.Errorf("the route is %q", list)
+		}
+	}
+	cfg := healed()
+	cfg.Routes[0].MTU = 1290
+	l.reload(d, cfg)
+}
+
+// An IPv6 route of ours between the legs of another's multipath route is in no list of the kernel's, which tells the legs at once and
+// goes on behind the last. It is there nevertheless: neither healing nor Reload waits for it to show.
+func TestRouteThatIsNotListed(t *testing.T) {
+	l := newLab(t)
+	prefix := netip.MustParsePrefix("2001:db8::/48")
+	cfg := Config{Networks: prefixes("10.42.0.1/24", "fd42::1/64")}
+	d := l.active(cfg)
+	other := l.ns.OtherTun(t, "other", "fd43::1/64")
+	defer other.Close()
+	listed := func() (mtu uint32) { // 0: it is not
+		have, err := d.observe(nil)
+		l.must(err)
+		for _, r := range have.routes {
+			if r.Prefix == prefix && r.Protocol == cfg.protocol() {
+				mtu = r.MTU
+			}
+		}
+		return mtu
+	}
+	l.ip("-6 route append 2001:db8::/48 metric 50 via fd43::2 dev other")
+	cfg.Routes = []Route{{Prefix: prefix, Metric: 50}}
+	l.reload(d, cfg)
+	l.ip("-6 route append 2001:db8::/48 metric 50 via fd42::5 dev " + d.State().Name)
+	if mtu := listed(); mtu != 0 {
+		t.Fatalf("it is listed, with MTU %d: this is not what the test is about", mtu)
+	}
+	l.await("healer at rest", d.atRest)
+	cfg.MTU = 1400
+	l.reload(d, cfg)
+	l.await("healer at rest", d.atRest)
+	l.noEvent(d, EventDegraded)
+	l.ip("-6 route del 2001:db8::/48 metric 50 via fd42::5 dev " + d.State().Name)
+	l.await("it is listed again, as it should be", func() bool { return listed() == 1400 })
+	cfg.Routes = nil
+	l.reload(d, cfg)
+	if listed() != 0 {
+		t.Error("it was left behind")
+	}
+}
+
+// Nor does Reload leave it behind for that.
+func TestRouteThatIsNotListedGoes(t *testing.T) {
+	l := newLab(t)
+	cfg := Config{Networks: prefixes("10.42.0.1/24", "fd42::1/64")}
+	d := l.active(cfg)
+	other := l.ns.OtherTun(t, "other", "fd43::1/64")
+	defer other.Close()
+	l.ip("-6 route append 2001:db8::/48 metric 50 via fd43::2 dev other")
+	with := cfg
+	with.Routes = []Route{{Prefix: netip.MustParsePrefix("2001:db8::/48"), Metric: 50}}
+	l.reload(d, with)
+	l.ip("-6 route append 2001:db8::/48 metric 50 via fd42::5 dev " + d.State().Name)
+	l.await("healer at rest", d.atRest)
+	l.reload(d, cfg)
+	l.ip("-6 route del 2001:db8::/48 metric 50 via fd42::5 dev " + d.State().Name)
+	if left := l.ip("-6 route show 2001:db8::/48 proto 111"); left != "" {
+		t.Errorf("left behind: %s", left)
+	}
+}
+
+// What goes is looked for once, however much it is: a Reload that looks takes time as the routes are many, not as their square.
+func TestReloadTakesAwayMany(t *testing.T) {
+	l := newLab(t)
+	took := func(n int) time.Duration {
+		cfg := Config{Networks: prefixes("10.42.0.1/24", "fd42::1/64"), NoHeal: true}
+		for i := range n {
+			p := netip.PrefixFrom(netip.AddrFrom16([16]byte{0: 0x20, 1: 1, 3: byte(i >> 16), 4: byte(i >> 8), 5: byte(i)}), 48)
+			cfg.Routes = append(cfg.Routes, Route{Prefix: p})
+		}
+		d := l.active(cfg)
+		cfg.Routes, cfg.MTU = nil, 1400 // with another MTU it looks
+		start := time.Now()
+		l.reload(d, cfg)
+		defer d.Close()
+		return time.Since(start)
+	}
+	few, many := took(4_000), took(40_000)
+	if many > 40*max(few, time.Millisecond) { // ten times as many; the square would be a hundred
+		t.Errorf("4,000 routes take %v, 40,000 %v", few, many)
+	}
+}

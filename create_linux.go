@@ -85,8 +85,8 @@ func (o *opener) createOnce() (*attachment, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &attachment{fds: fds, persist: o.cfg.Persist}
-	flags := flagTUN | flagNoPI
+	a := &attachment{fds: fds, persist: o.cfg.Persist, without: o.cfg.NoOffload}
+	flags := flagTUN | flagNoPI | vnetHeader(fds[0])
 	if len(fds) > 1 {
 		flags |= flagMultiQueue
 	}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"example.com/overlay/internal/nstest"
 	"example.com/overlay/internal/rtnl"
@@ -78,7 +79,11 @@ func TestBadNameAgreesWithKernel(t *testing.T) {
 		wg.Go(func() {
 			for name := range work {
 				accepted := false
-				if fd, err := tryTun(ns.Path(), name, flagTUN|flagNoPI|flagExclusive); err == nil {
+				fd, err := tryTun(ns.Path(), name, flagTUN|flagNoPI|flagExclusive)
+				for end := time.Now().Add(patience); errors.Is(err, unix.EBUSY) && time.Now().Before(end); {
+					fd, err = tryTun(ns.Path(), name, flagTUN|flagNoPI|flagExclusive) // for a moment "%d" may have become just this name
+				}
+				if err == nil {
 					got, _, err := getIff(fd)
 					accepted = err == nil && nameFits(name, got)
 					unix.Close(fd)
@@ -236,7 +241,7 @@ func TestQueuesHaveTheFlags(t *testing.T) {
 	nstest.Require(t, nstest.TUN)
 	nstest.Leaks(t)
 	ns := nstest.New(t)
-	for queues, want := range map[int]tunFlags{1: flagTUN, 4: flagTUN | flagMultiQueue} {
+	for queues, want := range map[int]tunFlags{1: flagTUN | flagVnetHeader, 4: flagTUN | flagVnetHeader | flagMultiQueue} {
 		d := newIn(t, ns, Config{Name: fmt.Sprint("x", queues), Queues: queues})
 		if link, _ := linkIn(t, ns, d.State().Name); link.Tun.PacketInfo {
 			t.Error("there is packet information")

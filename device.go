@@ -45,6 +45,8 @@ func (c *core) NextHop(packet []byte, alive func(netip.Addr) bool) (netip.Addr, 
 		return netip.Addr{}, false
 	case gateways.Len() == 0:
 		return dst, true
+	case gateways.Len() == 1: // it has all flows
+		return gateways.Select(0, alive)
 	}
 	return gateways.Select(FlowHash(packet), alive)
 }
@@ -175,8 +177,10 @@ func (t *traffic) read(packets ...Packet) {
 	for _, p := range packets {
 		s.add(p, p.Segments())
 	}
-	s.addTo(&t.readPackets, &t.readBytes, &t.readSuper)
+	t.readAll(s)
 }
+
+func (t *traffic) readAll(s tally) { s.addTo(&t.readPackets, &t.readBytes, &t.readSuper) }
 
 // wrote counts one that the kernel took.
 func (t *traffic) wrote(p Packet) {

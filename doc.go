@@ -30,6 +30,11 @@
 // own Close, always with os.ErrClosed. Close undoes nothing: what outlives it (Config.Persist, a File that somebody kept)
 // stays configured. One forgotten File keeps the device alive.
 //
+// A device can outlive its program: a Queue.File of each queue, kept by systemd or handed to the successor, who calls Adopt with the same
+// Config. Addresses, routes and connections stay, packets wait in the queues (Config.TxQueueLen), and nothing is written that
+// holds already: the Examples TakeOver and HandOver. A persistent device that is attached to again keeps the same, but without a
+// descriptor it has no queue, and packets that come meanwhile are lost.
+//
 // A device that was moved to another network namespace is gone for Activate and Reload, which never reach for a device by
 // its name; its queues go on.
 //
@@ -38,6 +43,13 @@
 // What ReadBatch returned is the caller's until the next read of that queue. WriteBatch neither changes nor keeps what it
 // is given. Plain packets pass as they are, wrong checksums too; those of a superpacket are unfinished, so split it with
 // AppendSegment or hand it to WriteBatch, which finishes them. 65,535 bytes are always enough for Read; the MTU is not.
+// The kernel hands over superpackets where it grants the offloads (State.Offload; Config.NoOffload declines them), and WriteBatch makes
+// superpackets of what may be merged: never what splitting would not give back, never out of the order of its flow. A packet without
+// company goes by itself, at once. Where the kernel takes superpackets no more, as some releases did not, packets go one by one: that
+// is EventDegraded, and after a minute it is tried again. A queue keeps 260 KiB for ReadBatch, 64 KiB for Read and up to 400 KiB for
+// WriteBatch, each from its first use on. On a Queue.File each packet has a virtio header before it, of 10 bytes unless whoever
+// prepared the device wanted more; TUNGETIFF and TUNGETVNETHDRSZ tell.
+//
 // Write a flow to the queue that shall receive its replies. A method value passed as alive, or a slice literal passed to
 // WriteBatch, costs one allocation a call: hoist it.
 //
@@ -46,8 +58,10 @@
 // # Config
 //
 // A Config is the complete state: on Reload a field that is left out returns to its default. Host bits are kept in Networks
-// and refused in Routes. A Route for the very prefix of a network sets the MTU of that network. One prefix and metric in
-// two tables must agree on Via. Owner 0 is the effective uid.
+// and refused in Routes. A Route for the very prefix of a network sets the MTU of that network, and with NoInstall takes the
+// network's connected route out of the kernel: RoutesFor answers still, but the host has no route there. One prefix and metric
+// in two tables must agree on Via, and a network is on-link in every table: a Route for it in another one has no Via, unless
+// in IPv6 its metric is below 256. Owner 0 is the effective uid.
 //
 // # What it does to the host
 //
@@ -64,23 +78,33 @@
 // # Healing
 //
 // Addresses, routes and hardening that others remove are put back: at once when the link comes up, else within a second where
-// the table is not huge; with a tenth of the processor's time at most, and an EventRestored each time, in a fight summed up. The
-// link's MTU, its queue length, and whether it is up are left to the administrator until the next Reload; what does not fit them
-// waits. Another's route in the place of ours is EventShadowed and no fight. Config.NoHeal switches all of it off.
+// the table is not huge; with a tenth of the processor's time at most, or half of it while the link goes up and down, and an
+// EventRestored each time, in a fight summed up. The link's MTU, its queue length, and whether it is up are left to the
+// administrator until the next Reload; what does not fit them waits. Another's route in the place of ours is EventShadowed and
+// no fight. Config.NoHeal switches all of it off; what State notes of others' routes is then as of the last Reload.
 //
 // # The kernel's routes
 //
 // With Config.SystemRoutes the kernel's routes through the device steer too: of one prefix the lower metric wins. Of TOS 0, no
 // mark and an unspecified source, in the tables that Config names, RoutesFor gives the kernel's own answer: some milliseconds after
-// a change, a second at most where the kernel did not tell of it. Gateways must lie in Networks; a route by none that does leads
-// nowhere. EventResynced says that all was read anew, the first time without a cause; State.Learned counts.
+// a change; where the kernel did not tell of it, within a second, or ten times as long as it takes to read all routes if that is
+// more. Gateways must lie in Networks; a route by none that does leads nowhere. One without a gateway is on-link for any prefix,
+// outside Networks too. EventResynced says that all was read anew, the first time without a cause; State.Learned counts.
+// In examples/bgpmesh BIRD and FRR steer an overlay so.
+//
+// The tables count in the order in which the rules look at them; one that only rules for other packets name (of a mark, a source,
+// an interface) comes after those. What is not followed: suppress_ifgroup; goto, or not, with a destination; and where a route of an
+// earlier table throws, the Routes of Config that are shorter than it. An IPv6 route between the legs of others' multipath route of its
+// metric, which no list of the kernel's shows, may be unknown until five minutes after that went. Of more kernel routes than
+// SystemRoutes.Max the first are followed, the others as there is room; that is an EventDegraded.
 //
 // # Privileges
 //
 // New, Activate and Reload need CAP_NET_ADMIN in the namespace, entering another namespace CAP_SYS_ADMIN, making a missing
 // node CAP_MKNOD. Attach needs none for the device's owner, and Activate needs none where all holds already. After dropping
-// CAP_NET_ADMIN netlink writes fail with EPERM, also on sockets opened before; reads, writes, State, Events and closing a
-// queue go on, and an equal Reload still succeeds, because it writes nothing.
+// CAP_NET_ADMIN netlink writes fail with EPERM, also on sockets opened before; reads, writes, routes that are followed, State, Events
+// and closing a queue go on, and an equal Reload still succeeds, because it writes nothing. So does the Activate of a successor
+// that adopts the device. What others remove is put back no more, which EventDegraded tells.
 //
 // # The house
 //
@@ -116,11 +140,14 @@
 //	                         reload_linux.go    from one Config to the next
 //	                         heal_linux.go      puts back what others remove
 //	                         apply_linux.go     a step as a message; shadow_linux.go, who answers for us
-//	                         queue_linux.go     reads and writes on one kernel queue
+//	                         queue_linux.go     one kernel queue; read_linux.go, write_linux.go, its packets
+//	                         offload_linux.go   which superpackets the kernel grants; vector_linux.go, many pieces in one system call
 //	                         ioctl_linux.go     every ioctl, typed, through unix.Ifreq
 //	                         netlink_watch.go   what the kernel announces of the device
 //	                         follow_linux.go    its route table, followed; resync_linux.go, and read anew
 //	                         internal/rtnl      one rtnetlink connection; internal/netns, other namespaces
+//
+//	examples/  internal/nstest (namespaces for tests)  internal/bench (beside its peers)  internal/tools (what holds the house)
 //
 // Imports point down or sideways into pure rooms, never up; `make check` holds that. Ids in comments such as "kernel.md V7"
 // name rows of the project's list of kernel facts.

@@ -25,21 +25,22 @@ func (b beliefs) doubtAddr(a kernel.Addr, added bool) bool {
 		return !b.config.LinkLocal
 	}
 	if a.Protocol != b.config.protocol() {
-		return false
+		return b.config.TakeAddresses
 	}
 	return !slices.Contains(b.config.Networks, a.Prefix) || a.Peer.IsValid()
 }
 
 // doubtRoute says whether the beliefs may not hold any more after a route was added or removed, of whatever kind, by others.
-// A route of another interface, or of none, may stand before ours, or have taken its place (kernel.md A9, V12).
-func (b beliefs) doubtRoute(r kernel.Route, added bool) bool {
+// A route of another interface, or of none, may stand before ours, or have taken its place (kernel.md A9, V12); when it goes,
+// ours answers again.
+func (b beliefs) doubtRoute(r kernel.Route) bool {
 	if r.Table == kernel.TableLocal {
 		return false
 	}
 	if r.Link == b.link && r.Protocol == b.config.protocol() {
 		return true
 	}
-	return b.routed(r.Prefix) && (added || r.Link == b.link || r.Link == 0)
+	return b.routed(r.Prefix)
 }
 
 // linkEvents names what differs between two looks at a link.

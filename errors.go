@@ -55,8 +55,8 @@ func opError(op, device string, err error) error {
 // ConfigError says which field of a Config is refused and why; no system call was made.
 type ConfigError struct {
 	Field string // a path: "Routes[2].Via[1].Weight"
-	Value any
-	Err   error
+	Value any    // what the field holds
+	Err   error  // why that is refused
 }
 
 // Error names field, value and reason: one short line of printable text, whatever came from outside.

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"example.com/overlay/internal/fib"
@@ -17,29 +17,32 @@ import (
 
 // How the kernel's routes are followed.
 const (
-	publishEvery = 10 * time.Millisecond // at most: a burst is one publication
-	gulp         = 512                   // datagrams between two looks at what else is to be done
-	resyncRest   = 9                     // after a resync, times its own duration, until the next
-	resyncSettle = 5 * time.Millisecond  // from the first reason for one: an address that goes is several announcements
-	resyncRetry  = 100 * time.Millisecond
-	settleRounds = 20 // of questions about what announcements leave in doubt
-	settleTries  = 10 // addresses of one prefix
+	publishEvery = 10 * time.Millisecond  // at most: a burst is one publication
+	gulp         = 512                    // datagrams between two looks at what else is to be done
+	resyncRest   = 9                      // after a resync, times the processor time that it took, until the next
+	resyncSettle = 5 * time.Millisecond   // from the first reason for one: an address that goes is several announcements
+	resyncRetry  = 100 * time.Millisecond // after one that failed, doubled each time
+	resyncBear   = 3                      // failures in succession before they are told of
+	settleRounds = 20                     // of questions about what announcements leave in doubt
+	settleTries  = 10                     // addresses of one prefix
 )
 
-// followed are the groups of announcements that routes, and what they depend on, are told by.
+// followed are the groups of announcements that routes, and what they depend on, are told by. Links and addresses are among them
+// although the watch hears of those too: what one takes away untold counts from its place among the routes' announcements on.
 var followed = []int{
 	unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NEXTHOP, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
-	unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF,
+	unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
 }
 
 // follower keeps the tree's kernel layer equal to the kernel's routes through the device. Its sockets are the device's from New
 // on, its goroutine runs while a Config has SystemRoutes. Announcements are hints, dumps are no snapshots: design.md laws 1, 2.
 type follower struct {
-	listener *rtnl.Listener
-	conn     *rtnl.Conn
-	ownPort  uint32        // of the device's own requests
+	listener ears
+	conn     routesConn
+	poked    chan struct{} // beside the listener, which may fail
 	done     chan struct{} // closed when the goroutine is gone; nil: none runs
 	layer    *learned      // with the tree's lock
+	granted  atomic.Int64  // bytes of receive buffer; 0: not asked for yet
 
 	mu      sync.Mutex
 	stopped bool
@@ -47,8 +50,29 @@ type follower struct {
 	overlay func(netip.Addr) bool // of a new Config; nil: none
 }
 
-// newFollower opens its sockets in the network namespace of the calling thread. It is not told what requests from ownPort bring about.
-func newFollower(ownPort uint32) (*follower, error) {
+// routesConn is a connection that can list a table's routes; tests put one in between that fails.
+type routesConn interface {
+	conn
+	DumpOnce(request rtnl.Message) ([]rtnl.Message, error)
+}
+
+// ears hear what the kernel announces: a *rtnl.Listener; tests put one in between that fails.
+type ears interface {
+	Wait() error
+	WaitUntil(deadline time.Time) error
+	Next() ([]rtnl.Message, error)
+	Drain()
+	Poke()
+	Join(readBuffer int, groups ...int) error
+	Leave(groups ...int) error
+	ReadBuffer() int
+	OnlyConcerning(index int, port uint32) error
+	HearAll() error
+	Close() error
+}
+
+// newFollower opens its sockets in the network namespace of the calling thread.
+func newFollower() (*follower, error) {
 	conn, err := rtnl.Dial()
 	if err != nil {
 		return nil, err
@@ -58,7 +82,7 @@ func newFollower(ownPort uint32) (*follower, error) {
 		conn.Close()
 		return nil, err
 	}
-	return &follower{listener: listener, conn: conn, ownPort: ownPort}, nil
+	return &follower{listener: listener, conn: conn, poked: make(chan struct{}, 1)}, nil
 }
 
 // close ends it for good.
@@ -68,49 +92,50 @@ func (f *follower) close() error {
 }
 
 // start follows the routes of a Config that has SystemRoutes.
-func (f *follower) start(d *tunDevice, c *Config) error {
-	if err := f.listener.Join(c.SystemRoutes.readBuffer(), followed...); err != nil {
-		return err
-	}
-	if err := f.listener.OnlyConcerning(d.index, f.ownPort); err != nil {
-		return err
-	}
+func (f *follower) start(d *tunDevice, c *Config) {
 	f.mu.Lock()
 	f.stopped, f.reason, f.overlay = false, nil, nil
 	f.mu.Unlock()
 	f.layer = newLearned(c, d.index, &d.tree.pool)
 	f.done = make(chan struct{})
 	run := &following{follower: f, device: d, tables: c.SystemRoutes.tables(), pending: errBegin}
+	if err := run.listen(c.SystemRoutes.readBuffer()); err != nil {
+		run.deafen(err)
+	}
+	f.granted.Store(int64(f.listener.ReadBuffer() / 2)) // the kernel counts as much again for itself
 	go func() {
 		defer close(f.done)
 		run.run()
+		if run.synced && run.dirty {
+			run.publishNow() // whoever takes the layer's place removes from the tree what the layer says, not what it said
+		}
+		d.setUnsynced("")  // what is not followed differs from nothing
 		if d.lost.Load() { // with the device went its routes; its number may be another's
 			d.tree.follow(nil)
 		}
 	}()
-	return nil
 }
 
 // running says whether it follows; with the device's lock.
 func (f *follower) running() bool { return f != nil && f.done != nil }
 
 // change goes from one Config to the next; with the device's lock. What was learned stays until it has been learned anew.
-func (f *follower) change(d *tunDevice, old, next *Config) error {
+func (f *follower) change(d *tunDevice, old, next *Config) {
 	switch {
 	case f == nil:
-		return nil
+		return
 	case next.SystemRoutes == nil:
 		f.stop()
 		d.tree.follow(nil)
-		return nil
+		return
 	case f.running() && old.SystemRoutes.equal(next.SystemRoutes):
 		if !slices.Equal(old.Networks, next.Networks) {
 			f.setOverlay(next.overlay())
 		}
-		return nil
+		return
 	}
 	f.stop()
-	return f.start(d, next)
+	f.start(d, next)
 }
 
 // stop ends the goroutine, waits for it, and leaves what it has learned in the tree.
@@ -121,11 +146,20 @@ func (f *follower) stop() {
 	f.mu.Lock()
 	f.stopped = true
 	f.mu.Unlock()
-	f.listener.Poke()
+	f.poke()
 	<-f.done
 	f.done = nil
 	_ = f.listener.Leave(followed...) // a later start joins anew
 	f.listener.Drain()
+}
+
+// poke ends the goroutine's wait.
+func (f *follower) poke() {
+	select {
+	case f.poked <- struct{}{}:
+	default:
+	}
+	f.listener.Poke()
 }
 
 // resync asks for a look at all, because something may have changed untold.
@@ -138,7 +172,7 @@ func (f *follower) resync(reason error) {
 		f.reason = reason
 	}
 	f.mu.Unlock()
-	f.listener.Poke()
+	f.poke()
 }
 
 // abandon ends the goroutine without waiting for it: the device is gone.
@@ -149,7 +183,7 @@ func (f *follower) abandon() {
 	f.mu.Lock()
 	f.stopped = true
 	f.mu.Unlock()
-	f.listener.Poke()
+	f.poke()
 }
 
 // setOverlay tells of other networks.
@@ -157,7 +191,7 @@ func (f *follower) setOverlay(overlay func(netip.Addr) bool) {
 	f.mu.Lock()
 	f.overlay = overlay
 	f.mu.Unlock()
-	f.listener.Poke()
+	f.poke()
 }
 
 // Reasons for a look.
@@ -165,6 +199,9 @@ var (
 	errBegin = errors.New("the routes that are there already")
 	errAudit = errors.New("an audit")
 	errLink  = errors.New("the link or its addresses changed")
+
+	errExpiry = errors.New("a route has expired")
+	errUntold = errors.New("there may be routes of which nothing was announced")
 )
 
 // following is the state of the goroutine.
@@ -174,12 +211,16 @@ type following struct {
 	tables  []uint32
 	scratch kernel.FIBRoute
 
-	routes    [2]uint64 // announced so far, by family
-	lost      bool      // announcements
-	pending   error     // reason for a resync
-	since     time.Time // of the reason
-	rested    time.Time // not before
+	routes    [2]uint64      // announced so far, by family
+	lost      bool           // announcements
+	deaf      bool           // there are none any more
+	link      rtnl.LinkState // as last announced
+	pending   error          // reason for a resync
+	failures  int            // of resyncs, in succession
+	since     time.Time      // of the reason
+	rested    time.Time      // not before
 	audit     time.Time
+	expiry    time.Time // of the route that goes out of use next; zero: none does
 	published time.Time
 	dirty     bool // changes may wait to be published
 	synced    bool // once
@@ -187,27 +228,76 @@ type following struct {
 }
 
 func (f *following) run() {
-	f.audit = time.Now().Add(auditEvery)
-	for {
-		if err := f.listener.WaitUntil(f.next()); err != nil {
-			return // closed
+	f.audit = time.Now().Add(f.auditPeriod())
+	for ordered := false; ; {
+		if !ordered {
+			f.wait(f.next())
 		}
 		if f.orders() {
 			return
 		}
-		if err := f.hear(gulp); err != nil {
-			return
-		}
+		begun := time.Now()
+		heard := f.hear(gulp)
 		f.settle()
 		now := time.Now()
+		took := now.Sub(begun)
 		if f.audit.Before(now) {
 			f.look(errAudit)
-			f.audit = now.Add(auditEvery)
+			f.audit = now.Add(f.auditPeriod())
+		}
+		if !f.expiry.IsZero() && f.expiry.Before(now) {
+			f.expiry = time.Time{}
+			f.look(errExpiry)
 		}
 		if f.pending != nil && !now.Before(f.due()) {
 			f.resyncNow()
 		}
 		f.publish()
+		ordered = heard && f.breathe(restAfter(took))
+	}
+}
+
+func (f *following) auditPeriod() time.Duration {
+	if f.deaf {
+		return auditDeaf
+	}
+	return auditEvery
+}
+
+// listen begins to hear announcements.
+func (f *following) listen(readBuffer int) error {
+	if err := f.listener.Join(readBuffer, followed...); err != nil {
+		return err
+	}
+	return f.filter()
+}
+
+// filter keeps away what does not concern the device. What its own requests bring about does: where our own routes stand among
+// the others decides which are in force.
+func (f *following) filter() error { return f.listener.OnlyConcerning(f.device.index, 0) }
+
+// deafen notes that the kernel's announcements can be heard no more: from here on there are dumps alone.
+func (f *following) deafen(err error) {
+	f.deaf = true
+	f.device.note(fmt.Errorf("no longer told of routes, which are read every %v instead: %w", auditDeaf, err))
+	f.look(err)
+	f.audit = time.Now().Add(auditDeaf)
+}
+
+// wait waits for an announcement, an order, or until there is something to do without.
+func (f *following) wait(until time.Time) {
+	if !f.deaf {
+		err := f.listener.WaitUntil(until)
+		if err == nil {
+			return
+		}
+		f.deafen(err)
+	}
+	timer := time.NewTimer(time.Until(until))
+	defer timer.Stop()
+	select {
+	case <-f.poked:
+	case <-timer.C:
 	}
 }
 
@@ -216,6 +306,9 @@ func (f *following) next() time.Time {
 	at := f.audit
 	if f.pending != nil && f.due().Before(at) {
 		at = f.due()
+	}
+	if !f.expiry.IsZero() && f.expiry.Before(at) {
+		at = f.expiry
 	}
 	if f.dirty && f.synced {
 		if due := f.published.Add(publishEvery); due.Before(at) {
@@ -258,10 +351,22 @@ func (f *following) orders() bool {
 	return stopped
 }
 
-// hear takes note of what was announced, up to most datagrams.
-func (f *following) hear(most int) error {
+// hear takes note of what was announced, up to most datagrams, and says whether there was any. If there is more the next wait is short.
+func (f *following) hear(most int) bool {
+	if f.deaf {
+		return false
+	}
+	heard, err := f.take(most)
+	if err != nil {
+		f.lost = true
+		f.deafen(err)
+	}
+	return heard
+}
+
+func (f *following) take(most int) (heard bool, err error) {
 	tree := &f.device.tree
-	tree.mu.Lock()
+	tree.mu.Lock() // and no other lock beside it: State asks the tree while it holds its own
 	defer tree.mu.Unlock()
 	for range most {
 		messages, err := f.listener.Next()
@@ -275,15 +380,13 @@ func (f *following) hear(most int) error {
 			f.lost = true
 			f.look(err)
 		case err != nil:
-			if !errors.Is(err, os.ErrClosed) {
-				f.device.note(fmt.Errorf("no longer told of routes: %w", err))
-			}
-			return err
+			return heard, err
 		case len(messages) == 0:
-			return nil
+			return heard, nil
 		}
+		heard = true
 	}
-	return nil // there is more: the next wait is short
+	return heard, nil
 }
 
 // apply takes note of one announcement; with the tree's lock.
@@ -301,6 +404,7 @@ func (f *following) apply(m rtnl.Message) {
 			f.look(err)
 			return
 		}
+		f.expires(&f.scratch)
 		table.Apply(rtnl.ChangeOf(m), &f.scratch)
 	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
 		n, err := rtnl.DecodeNextHop(m)
@@ -312,11 +416,39 @@ func (f *following) apply(m rtnl.Message) {
 		default:
 			table.SetNextHop(n)
 		}
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		f.applyLink(m)
+		return
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		// An IPv4 address takes routes with it: its interface's, with the last one, and all that name it as their source.
+		a, index, err := rtnl.DecodeAddr(m)
+		if err != nil || index == f.device.index || m.Type == unix.RTM_DELADDR && a.Prefix.Addr().Is4() {
+			f.look(errLink)
+		}
+		return
 	default: // rules, netconf
 		f.look(errors.New("the routing rules or settings changed"))
 		return
 	}
 	f.dirty = true
+}
+
+// applyLink takes note of a link that came, went or changed: routes and nexthop objects go with it, untold (kernel.md A7, B7, V15).
+// Of other interfaces' only those count that are known here; with the tree's lock.
+func (f *following) applyLink(m rtnl.Message) {
+	link, ok := rtnl.DecodeLinkState(m)
+	switch {
+	case !ok:
+	case link.Index == f.device.index:
+		if m.Type == unix.RTM_NEWLINK && link != f.link {
+			f.link = link
+			f.look(errLink)
+		}
+	case m.Type == unix.RTM_DELLINK || !link.Up:
+		if f.layer.table.Depends(int32(link.Index)) {
+			f.look(errLink)
+		}
+	}
 }
 
 func familyIndex(family uint8) int {

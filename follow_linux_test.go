@@ -28,7 +28,7 @@ func (l *lab) wantRoute(d Device, addr, want string) time.Duration {
 		if got = routeOf(d, addr); got == want {
 			return time.Since(start)
 		}
-		if time.Since(start) > 5*time.Second {
+		if time.Since(start) > patience {
 			l.Fatalf("%s goes through %q, want %q\n%v", addr, got, want, d.State())
 		}
 	}
@@ -64,11 +64,15 @@ func TestFollow(t *testing.T) {
 		{"route add 10.7.0.0/16 via 10.42.0.13 tos 8 metric 100", "10.7.0.1", "10.42.0.12"},
 		{"nexthop add id 1 via 10.42.0.9 dev DEV\nnexthop add id 2 via 10.42.0.10 dev DEV\nnexthop add id 3 group 1,2/2,5\nroute add 10.6.0.0/16 nhid 3", "10.6.0.1", "10.42.0.9*2 10.42.0.10*5"}, // A13
 		{"nexthop replace id 1 via 10.42.0.11 dev DEV", "10.6.0.1", "10.42.0.11*2 10.42.0.10*5"},
-		{"nexthop del id 3", "10.6.0.1", "none"},                                   // A14
-		{"route add 10.5.0.0/16 via inet6 fd42::9 dev DEV", "10.5.0.1", "fd42::9"}, // A15
-		{"route add 10.4.0.0/16 via 10.42.0.9 table 77", "10.4.0.1", "none"},       // A20
-		{"route add default via 10.42.0.9", "1.2.3.4", "10.42.0.9"},                // A19
-		{"route add 10.8.0.0/16 via 10.42.0.9 metric 9", "10.8.0.1", "10.42.0.8"},  // V21: ours has metric 0
+		{"nexthop del id 3", "10.6.0.1", "none"},                                       // A14
+		{"route add 10.5.0.0/16 via inet6 fd42::9 dev DEV", "10.5.0.1", "fd42::9"},     // A15
+		{"route add 10.4.0.0/16 via 10.42.0.9 table 77", "10.4.0.1", "none"},           // A20
+		{"route add default via 10.42.0.9", "1.2.3.4", "10.42.0.9"},                    // A19
+		{"route add 10.8.0.0/16 via 10.42.0.9 metric 9", "10.8.0.1", "10.42.0.8"},      // V21: ours has metric 0
+		{"route add broadcast 10.9.9.255 dev DEV table main", "10.9.9.255", "on-link"}, // packets come, be it of other types than unicast
+		{"route add multicast 224.1.0.0/16 dev DEV table main", "224.1.0.1", "on-link"},
+		{"-6 route add anycast fd33::/64 dev DEV table main", "fd33::1", "on-link"},
+		{"route add local 10.9.9.0/24 dev DEV table main", "10.9.9.1", "10.42.0.9 10.42.0.10*3"}, // the kernel takes them itself: no claim
 		{"-6 route add fd09::/64 via fd42::9", "fd09::1", "fd42::9"},
 		{"-6 route append fd09::/64 via fd42::10", "fd09::1", "fd42::9 fd42::10"}, // A11
 		{"-6 route del fd09::/64 via fd42::9 dev DEV", "fd09::1", "fd42::10"},

@@ -31,10 +31,10 @@ func TestFailedAttachGivesFlagsBack(t *testing.T) {
 		ns.Run(t, "ip link del many")
 	}
 	ns.Run(t, "ip tuntap add dev many mode tun multi_queue pi vnet_hdr")
-	theirs := flagTUN | flagNoPI | flagMultiQueue
+	theirs := flagTUN | flagNoPI | flagMultiQueue | flagVnetHeader
 	_, err := newWith(Config{Name: "many", Mode: Attach, Queues: 2, NetNS: ns.Path()}, meddleAt(2, func() { rawTun(t, ns, "many", theirs) }))
 	wantOpError(t, "another's", err, ErrBusy)
-	if link, _ := linkIn(t, ns, "many"); link.Tun.PacketInfo || link.Tun.VnetHeader || link.Tun.Queues != 1 {
+	if link, _ := linkIn(t, ns, "many"); link.Tun.PacketInfo || !link.Tun.VnetHeader || link.Tun.Queues != 1 {
 		t.Errorf("the other's device is %+v", link.Tun)
 	}
 }

@@ -265,6 +265,115 @@ func TestWithoutProcfs(t *testing.T) {
 	l.noEvent(d, EventDegraded)
 }
 
+// What failed and is optional an equal Reload tries again, without a look, an event or a change beside: a setting by netlink or by
+// procfs, the queue length, the link-local address that is wanted and the one that is not. When it works a look confirms it.
+func TestReloadTriesAgain(t *testing.T) {
+	l := newLab(t)
+	cfg := Config{Name: "p0", Mode: Attach, Networks: prefixes("10.42.0.1/24"), TxQueueLen: 77, NoHeal: true}
+	wantLinkLocal := func(d *tunDevice, want bool) {
+		l.Helper()
+		addresses := l.addresses(d.index)
+		if has := slices.ContainsFunc(addresses, func(a string) bool { return strings.HasPrefix(a, "fe80:") }); has != want {
+			t.Errorf("addresses %q", addresses)
+		}
+	}
+	l.ip("tuntap add p0 mode tun\nlink set p0 mtu 1300 up")
+	d := l.open(cfg)
+	l.ready(d)
+	wantLinkLocal(d, true)
+	procfs := d.procfs
+	defer func() { d.procfs = procfs }()
+	d.procfs = -1
+	m, remove := meddle(d)
+	m.fail = func(_ int, r rtnl.Message) misfortune {
+		if r.Type == unix.RTM_SETLINK || r.Type == unix.RTM_DELADDR {
+			return refusal(unix.EPERM)
+		}
+		return misfortune{}
+	}
+	l.must(d.Activate())
+	l.event(d, EventDegraded)
+	l.trusting(d)
+	notes := strings.Count(d.State().String(), "note ")
+	wantTried := func(cfg Config, want ...string) {
+		l.Helper()
+		m.log = nil
+		l.reload(d, cfg)
+		if got := slices.DeleteFunc(m.log, func(name string) bool { return name == "GETLINK" }); !slices.Equal(slices.Compact(got), want) {
+			t.Errorf("sent %v, want %v", got, want)
+		}
+	}
+	more := cfg
+	more.Routes = []Route{routeTo("10.9.0.0/16")}
+	wantTried(cfg, "DELADDR", "SETLINK")
+	wantTried(more, "DELADDR", "SETLINK", "NEWROUTE", "GETROUTE")
+	wantTried(cfg, "DELADDR", "SETLINK", "DELROUTE")
+	l.noEvent(d, EventDegraded)
+	if got := strings.Count(d.State().String(), "note "); got != notes || notes < 6 {
+		t.Errorf("%d notes, then %d:\n%v", notes, got, d.State())
+	}
+	remove()
+	d.procfs = procfs
+	l.reload(d, cfg)
+	l.wantHardened(d)
+	l.wantInForce(d)
+	wantLinkLocal(d, false)
+	l.noEvent(d, EventDegraded)
+
+	cfg.LinkLocal = true
+	d.procfs = -1
+	l.reload(d, cfg)
+	l.event(d, EventDegraded)
+	wantLinkLocal(d, false)
+	d.procfs = procfs
+	l.reload(d, cfg)
+	wantLinkLocal(d, true)
+	if s := d.State().String(); strings.Contains(s, "note ") {
+		t.Errorf("what was lacking is not any more:\n%s", s)
+	}
+}
+
+// A link-local address that goes by itself, before we remove it or after that was refused, is no loss.
+func TestLinkLocalIsGoneAlready(t *testing.T) {
+	l := newLab(t)
+	l.ip("tuntap add p0 mode tun\nlink set p0 up")
+	d := l.open(Config{Name: "p0", Mode: Attach, NoHeal: true})
+	l.ready(d)
+	gone := false
+	_, remove := meddle(d, func(m *meddler) {
+		m.before = func(_ int, r rtnl.Message) {
+			if r.Type == unix.RTM_DELADDR {
+				gone = l.conn.Do(rtnl.Message{Type: r.Type, Flags: r.Flags, Body: slices.Clone(r.Body)})[0].Err == nil
+			}
+		}
+	})
+	l.must(d.Activate())
+	remove()
+	wantNoNote := func() {
+		l.Helper()
+		if s := d.State().String(); !gone || strings.Contains(s, "note ") {
+			t.Errorf("gone %v, state\n%s", gone, s)
+		}
+		l.noEvent(d, EventDegraded)
+	}
+	wantNoNote()
+	cfg := Config{Name: "p0", Mode: Attach, NoHeal: true, LinkLocal: true}
+	l.reload(d, cfg)
+	gone = false
+	meddle(d, func(m *meddler) {
+		m.fail = func(_ int, r rtnl.Message) misfortune {
+			if r.Type != unix.RTM_DELADDR {
+				return misfortune{}
+			}
+			gone = true // with IPv6, which the MTU takes
+			return refusal(unix.EPERM)
+		}
+	})
+	cfg.LinkLocal, cfg.MTU = false, 1000
+	l.reload(d, cfg)
+	wantNoNote()
+}
+
 // A container with a read-only /proc/sys gets a device that works, and is told (kernel.md S9).
 func TestReadOnlyProcSys(t *testing.T) {
 	l := newLab(t)

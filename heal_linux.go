@@ -1,8 +1,8 @@
 package overlay
 
 import (
-	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -13,6 +13,7 @@ import (
 type healer struct {
 	wake    chan struct{} // a sign was given
 	urgent  atomic.Bool   // that one, or one before it
+	deaf    atomic.Bool   // nobody gives signs
 	stopped chan struct{}
 	done    chan struct{} // closed when the goroutine is gone; nil before start
 }
@@ -24,13 +25,12 @@ func newHealer() *healer {
 // start runs the healer's goroutine until stop.
 func (h *healer) start(d *tunDevice) {
 	h.done = make(chan struct{})
-	audits := auditEvery
 	if d.watch == nil {
-		audits = auditDeaf
+		h.deaf.Store(true)
 	}
 	go func() {
 		defer close(h.done)
-		h.run(d, audits)
+		h.run(d)
 	}()
 }
 
@@ -54,12 +54,16 @@ func (h *healer) sign(urgent bool) {
 }
 
 // run looks at every sign as pace allows, and in any case every so often.
-func (h *healer) run(d *tunDevice, audits time.Duration) {
-	pace, news := newPace(), newDigest()
+func (h *healer) run(d *tunDevice) {
+	pace, news, audits := newPace(), newDigest(), auditEvery
 	audit, next := time.NewTimer(audits), time.NewTimer(0)
 	defer audit.Stop()
 	defer next.Stop()
 	for {
+		if h.deaf.Load() && audits != auditDeaf {
+			audits = auditDeaf
+			audit.Reset(audits)
+		}
 		select {
 		case <-h.stopped:
 			return
@@ -74,12 +78,11 @@ func (h *healer) run(d *tunDevice, audits time.Duration) {
 		}
 		if wait, ok := pace.wait(time.Now()); ok && wait == 0 {
 			start := time.Now()
-			r := d.heal()
+			r := d.heal(news)
 			pace.looked(start, time.Now(), r)
-			d.tellRepair(news, r)
 		}
-		if n := news.due(time.Now()); n > 0 {
-			d.notify(Event{Kind: EventRestored, N: n})
+		for due := news.take(time.Now()); !due.empty(); due = news.take(time.Now()) {
+			d.tell(due)
 		}
 		next.Reset(min(pace.next(time.Now()), news.next(time.Now())))
 	}
@@ -116,21 +119,32 @@ func (d *tunDevice) trusted() bool {
 	return d.watch.hearAll(d) && d.trust.whole && d.trust.at == d.doubts.Load()
 }
 
-// heal looks, and puts back what is missing. It goes as far as it gets and takes nothing back: a part is better than nothing.
-func (d *tunDevice) heal() (r repair) {
+// heal looks, puts back what is missing, and notes what came of it.
+func (d *tunDevice) heal(news *digest) repair {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	r := d.mend()
+	d.digest(news, r) // not later: what a Reload finds in order meanwhile is no trouble any more
+	return r
+}
+
+// mend goes as far as it gets and takes nothing back: a part is better than nothing. With the device's lock.
+func (d *tunDevice) mend() (r repair) {
 	if d.alive() != nil || !d.active || d.cfg.NoHeal || d.trust.at == d.doubts.Load() {
 		return r
 	}
 	want := desire(&d.cfg, d.index)
 	want.added, want.takeAddresses = d.past.added, false // who adds something takes nothing away
+	asked := want.ipv6
 	run := &execution{device: d, protocol: want.protocol, concerned: d.tree.routed}
-	r.looked, r.err = true, run.look()
-	if r.err != nil {
+	if r.looked, r.err = true, run.look(); r.err != nil {
+		r.leftOut = d.leftOut // by all we know
 		return r
 	}
 	whole := want.yield(&run.now.link)
+	if asked && !want.ipv6 {
+		r.leftOut = withoutIPv6(&run.now.link)
+	}
 	signs := run.seenAt
 	if run.now.link.Up {
 		r.err = run.repair(&want)
@@ -143,13 +157,19 @@ func (d *tunDevice) heal() (r repair) {
 	switch {
 	case r.err == nil && len(run.left) == 0:
 		d.trust = run.trust(&want)
-		d.trust.whole = whole && run.now.link.Up
-		run.report()
+		d.trust.whole = whole && run.now.link.Up && !d.strangersIn(run.now, want)
+		run.report(whole && run.now.link.Up)
 		r.shadowed = d.newShadows(run, &want)
 	case r.err == nil && d.doubts.Load() == signs:
 		r.err = fmt.Errorf("the kernel differs after the attempt: %s", differences(run.left))
 	}
 	return r
+}
+
+// strangersIn says whether there are addresses that Config wants taken and healing leaves: that is for Reload.
+func (d *tunDevice) strangersIn(have *observed, want desired) bool {
+	want.takeAddresses = d.cfg.TakeAddresses
+	return want.takeAddresses && len(plan(have, &want)) > 0
 }
 
 // repair carries out what is left to do, and looks what then is.
@@ -171,27 +191,64 @@ func (e *execution) repair(want *desired) error {
 	return nil
 }
 
-// tellRepair tells what came of a look: repairs summed up, a failure when it begins.
-func (d *tunDevice) tellRepair(news *digest, r repair) {
-	news.add(r.restored)
+// withoutIPv6 says why what needs IPv6 is left out.
+func withoutIPv6(link *kernel.Link) error {
+	if link.IPv6 == nil && link.MTU < minIPv6MTU {
+		return fmt.Errorf("IPv6 is left out: the MTU is %d, IPv6 needs %d", link.MTU, minIPv6MTU)
+	}
+	return fmt.Errorf("IPv6 is left out: %w", ErrIPv6Disabled)
+}
+
+// digest takes note of what came of a look, for State and to be told. Trouble is told when it begins. With the device's lock.
+func (d *tunDevice) digest(news *digest, r repair) {
+	news.restored += r.restored
+	_, more := overshadow(news.shadowed, r.shadowed, nil)
+	news.shadowed = append(news.shadowed, more...)
 	if r.err != nil {
 		d.counts.restoreFails.Add(1)
 	}
-	if r.looked {
-		d.viewMu.Lock()
-		failed := d.unhealed != ""
-		d.unhealed = ""
-		if r.err != nil {
-			d.unhealed = "not put back what others removed: " + needs(r.err, "CAP_NET_ADMIN").Error()
-		}
-		text := d.unhealed
-		d.viewMu.Unlock()
-		if r.err != nil && !failed && d.alive() == nil && news.may(time.Now()) {
-			d.notify(Event{Kind: EventDegraded, N: 1, Err: errors.New(text)})
-		}
+	if !r.looked {
+		return
 	}
-	if len(r.shadowed) > 0 && news.may(time.Now()) {
-		d.tellShadows(r.shadowed)
+	var unhealed error
+	if r.err != nil {
+		unhealed = fmt.Errorf("not put back what others removed: %w", needs(r.err, "CAP_NET_ADMIN"))
+	}
+	d.viewMu.Lock()
+	defer d.viewMu.Unlock()
+	news.leftOut = begun(news.leftOut, d.leftOut, r.leftOut)
+	news.unhealed = begun(news.unhealed, d.unhealed, unhealed)
+	d.leftOut, d.unhealed = r.leftOut, unhealed
+}
+
+// begun is what is to be told of trouble that was, and now is this.
+func begun(untold, was, is error) error {
+	if is == nil || was != nil && untold == nil {
+		return nil // over, or told
+	}
+	return is
+}
+
+// tell tells what is due, as far as it is still so.
+func (d *tunDevice) tell(due digest) {
+	if due.empty() || d.alive() != nil {
+		return
+	}
+	if due.restored > 0 {
+		d.notify(Event{Kind: EventRestored, N: due.restored})
+	}
+	d.viewMu.Lock()
+	leftOut, unhealed, shadowed := d.leftOut, d.unhealed, d.shadowed
+	d.viewMu.Unlock()
+	if due.leftOut != nil && leftOut != nil {
+		d.notify(Event{Kind: EventDegraded, N: 1, Err: due.leftOut})
+	}
+	if due.unhealed != nil && unhealed != nil {
+		d.notify(Event{Kind: EventDegraded, N: 1, Err: due.unhealed})
+	}
+	if len(due.shadowed) > 0 {
+		still := setOf(shadowed)
+		d.tellShadows(slices.DeleteFunc(due.shadowed, func(s shadow) bool { return !still[s] }))
 	}
 }
 
@@ -210,5 +267,6 @@ func (d *tunDevice) newShadows(run *execution, want *desired) []shadow {
 			ask = append(ask, r)
 		}
 	}
-	return d.someShadows(run.now, want, &d.cfg, ask)
+	ask, looked := asked(ask)
+	return d.someShadows(run.now, want, &d.cfg, ask, looked)
 }

@@ -166,6 +166,35 @@ func TestHealLeavesLinkToAdministrator(t *testing.T) {
 	}
 }
 
+// While the administrator has IPv6 disabled on the device it is left out, which is told; when he enables it again all of it comes
+// back at once, though the kernel announces little of it.
+func TestHealIPv6Disabled(t *testing.T) {
+	l := newLab(t)
+	d := l.active(healed())
+	want, name := l.config(d), d.State().Name
+	const note = "note IPv6 is left out: "
+	for range 2 {
+		l.setSysctl("ipv6/conf/"+name+"/disable_ipv6", "1")
+		if e := l.event(d, EventDegraded); !errors.Is(e.Err, ErrIPv6Disabled) {
+			t.Errorf("event %v", e)
+		}
+		if s := d.State().String(); !strings.Contains(s, note) {
+			t.Errorf("state\n%s", s)
+		}
+		if !l.hasRoute(d, "10.9.0.0/16") {
+			t.Error("IPv4 went too")
+		}
+		l.setSysctl("ipv6/conf/"+name+"/disable_ipv6", "0")
+		if took := l.wantHealed(d, want); took > leeway*time.Second {
+			t.Errorf("healed after %v", took)
+		}
+		l.await("no note", func() bool { return !strings.Contains(d.State().String(), note) })
+	}
+	if s := d.Stats(); s.RestoreFails != 0 {
+		t.Errorf("%d repairs failed", s.RestoreFails)
+	}
+}
+
 // NoHeal leaves things as others made them; Reload repairs, and may switch healing on.
 func TestNoHeal(t *testing.T) {
 	l := newLab(t)

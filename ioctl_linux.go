@@ -102,6 +102,25 @@ func setDefaults(fd int) error {
 	return nil
 }
 
+// setNativeOrder makes the fields of the virtio header of the machine's own byte order, whatever an earlier user wanted.
+func setNativeOrder(fd int) error {
+	for _, request := range []uint{unix.TUNSETVNETLE, unix.TUNSETVNETBE} {
+		if err := unix.IoctlSetPointerInt(fd, request, 0); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("set the byte order of the virtio header: %w", err)
+		}
+	}
+	return nil
+}
+
+// vnetHeader is the flag for a virtio header, without which there are no offloads, if the kernel has it.
+func vnetHeader(fd int) tunFlags {
+	features, err := unix.IoctlGetUint32(fd, unix.TUNGETFEATURES)
+	if err != nil { // a sandbox that knows neither, kernel.md U38
+		return 0
+	}
+	return tunFlags(features) & flagVnetHeader
+}
+
 // vnetHeaderSize is the kernel's default: struct virtio_net_hdr.
 const vnetHeaderSize = 10
 

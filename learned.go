@@ -95,6 +95,9 @@ func (l *learned) All() iter.Seq2[netip.Prefix, offer] {
 
 func (l *learned) offer(a fib.Answer) (offer, bool) {
 	o := offer{metric: a.Metric, first: a.First}
+	if a.Over {
+		o.metric = 0 // it comes before our own route, whatever that has
+	}
 	switch a.Kind {
 	case fib.OnLink:
 	case fib.Via:

@@ -8,6 +8,7 @@ const (
 	healEvery   = 500 * time.Millisecond // then one in this time
 	healSettle  = 20 * time.Millisecond  // from the first sign until we look: a flush is many announcements
 	healShare   = 10                     // of the time at most one part in so many
+	urgentShare = 2                      // and where packets go astray meanwhile
 	healRetry   = time.Second            // after a repair that failed, doubled each time
 	healPatient = time.Minute            // and no longer than this
 	reportBurst = 5                      // tellings of repairs that may follow each other at once
@@ -57,9 +58,10 @@ type pace struct {
 	urgents  bucket // of looks: what others do to our routes does not delay those after link up
 	pending  bool
 	urgent   bool
-	first    time.Time // sign of what is pending
-	rest     time.Time // not before: the share of the time
-	retry    time.Time // not before, unless urgent: the last repair failed
+	first    time.Time     // sign of what is pending
+	last     time.Time     // end of the last look
+	cost     time.Duration // of that
+	retry    time.Time     // not before, unless urgent: the last repair failed
 	failures int
 }
 
@@ -82,13 +84,11 @@ func (p *pace) wait(now time.Time) (time.Duration, bool) {
 	if !p.pending {
 		return 0, false
 	}
-	wait := p.rest.Sub(now)
 	if p.urgent {
-		wait = max(wait, p.urgents.wait(now))
-	} else {
-		wait = max(wait, p.looks.wait(now), p.first.Add(healSettle).Sub(now), p.retry.Sub(now))
+		return max(p.last.Add((urgentShare-1)*p.cost).Sub(now), p.urgents.wait(now), 0), true
 	}
-	return max(wait, 0), true
+	rest := p.last.Add((healShare - 1) * p.cost)
+	return max(rest.Sub(now), p.looks.wait(now), p.first.Add(healSettle).Sub(now), p.retry.Sub(now), 0), true
 }
 
 // looked notes what came of a look. A repair that failed is pending again; of one that others undid meanwhile they gave a sign.
@@ -103,7 +103,7 @@ func (p *pace) looked(start, end time.Time, r repair) {
 	} else {
 		p.looks.take(end)
 	}
-	p.rest = end.Add((healShare - 1) * end.Sub(start))
+	p.last, p.cost = end, end.Sub(start)
 	if r.err == nil {
 		p.failures, p.retry = 0, time.Time{}
 		return
@@ -117,6 +117,7 @@ type repair struct {
 	looked   bool
 	restored int      // objects
 	err      error    // something is missing still
+	leftOut  error    // something is not put back, for the administrator's sake
 	shadowed []shadow // as far as they are news
 }
 
@@ -131,36 +132,43 @@ func (p *pace) next(now time.Time) time.Duration {
 	return never
 }
 
-// digest sums up repairs until they may be told of: a fight fills no log.
+// digest sums up what came of looks until it may be told: a fight fills no log.
 type digest struct {
-	limit bucket
-	n     int
+	limit    bucket
+	restored int      // objects
+	leftOut  error    // what began to be; nil: nothing, or told
+	unhealed error    // likewise
+	shadowed []shadow // that are news
 }
 
 func newDigest() *digest { return &digest{limit: bucket{burst: reportBurst, every: reportEvery}} }
 
-func (d *digest) add(n int) { d.n += n }
-
-// due returns what is to be told now; 0 if nothing is.
-func (d *digest) due(now time.Time) (n int) {
-	if d.n == 0 || !d.may(now) {
-		return 0
-	}
-	n, d.n = d.n, 0
-	return n
+func (d *digest) empty() bool {
+	return d.restored == 0 && d.leftOut == nil && d.unhealed == nil && len(d.shadowed) == 0
 }
 
-// may says whether something may be told now, and counts it.
-func (d *digest) may(now time.Time) bool {
-	if d.limit.wait(now) > 0 {
-		return false
+// take returns one of the things that are to be told, the worst first, if anything is and may be now; it is told then.
+func (d *digest) take(now time.Time) (told digest) {
+	if d.empty() || d.limit.wait(now) > 0 {
+		return told
 	}
 	d.limit.take(now)
-	return true
+	switch {
+	case d.unhealed != nil:
+		told.unhealed, d.unhealed = d.unhealed, nil
+	case d.leftOut != nil:
+		told.leftOut, d.leftOut = d.leftOut, nil
+	case len(d.shadowed) > 0:
+		told.shadowed, d.shadowed = d.shadowed, nil
+	default:
+		told.restored, d.restored = d.restored, 0
+	}
+	return told
 }
 
+// next returns how long from now until there is something to tell.
 func (d *digest) next(now time.Time) time.Duration {
-	if d.n == 0 {
+	if d.empty() {
 		return never
 	}
 	return d.limit.wait(now)

@@ -59,6 +59,7 @@ func TestPaceOfStorm(t *testing.T) {
 		{"flusher", false, 0, healBurst + int(length/healEvery)},
 		{"flapper", true, 0, healBurst + int(length/healEvery)},
 		{"costly", false, 500 * time.Millisecond, 1 + int(length/(healShare*500*time.Millisecond))},
+		{"costly flapper", true, 500 * time.Millisecond, 1 + int(length/(urgentShare*500*time.Millisecond))},
 	} {
 		p, c := newPace(), newClock()
 		looks := 0
@@ -102,15 +103,32 @@ func TestPaceOfFailures(t *testing.T) {
 	}
 }
 
+// After a costly look the next waits for its share of the time; not so long where the link came up.
+func TestPaceOfRest(t *testing.T) {
+	p, c := newPace(), newClock()
+	const cost = 300 * time.Millisecond
+	start := c.Time
+	c.pass(cost)
+	p.looked(start, c.Time, repair{looked: true})
+	p.sign(c.Time, false)
+	if got, want := dueIn(p, c), (healShare-1)*cost; got != want {
+		t.Errorf("the next look is due in %v, want %v", got, want)
+	}
+	p.sign(c.Time, true)
+	if got, want := dueIn(p, c), (urgentShare-1)*cost; got != want {
+		t.Errorf("with the link up the next look is due in %v, want %v", got, want)
+	}
+}
+
 // Repairs are told of at once, and in a fight summed up: nothing is lost, and it fills no log.
 func TestDigest(t *testing.T) {
 	const length = time.Minute
 	d, c := newDigest(), newClock()
 	told, sum, added := 0, 0, 0
 	for end := c.Add(length); c.Before(end); c.pass(100 * time.Millisecond) {
-		d.add(3)
+		d.restored += 3
 		added += 3
-		if n := d.due(c.Time); n > 0 {
+		if n := d.take(c.Time).restored; n > 0 {
 			told++
 			sum += n
 		}
@@ -119,10 +137,36 @@ func TestDigest(t *testing.T) {
 		t.Errorf("told %d times in %v, want %d", told, length, want)
 	}
 	c.pass(d.next(c.Time))
-	if sum += d.due(c.Time); sum != added {
+	if sum += d.take(c.Time).restored; sum != added {
 		t.Errorf("told of %d repairs, there were %d", sum, added)
 	}
-	if d.next(c.Time) != never || d.due(c.Time) != 0 {
+	if told := d.take(c.Time); d.next(c.Time) != never || !told.empty() {
 		t.Error("there is more to tell")
+	}
+}
+
+// Trouble and shadows that come when nothing may be told wait until it may.
+func TestDigestKeeps(t *testing.T) {
+	d, c := newDigest(), newClock()
+	for range reportBurst {
+		d.restored = 1
+		d.take(c.Time)
+	}
+	no, s := errors.New("no"), shadow{text: "shadow"}
+	d.unhealed, d.leftOut, d.shadowed = no, no, []shadow{s}
+	if told := d.take(c.Time); !told.empty() {
+		t.Errorf("told %v", told)
+	}
+	next := func() digest {
+		wait := d.next(c.Time)
+		if wait <= 0 || wait > reportEvery {
+			t.Errorf("to be told in %v", wait)
+		}
+		c.pass(wait)
+		return d.take(c.Time)
+	}
+	first, second, third := next(), next(), next()
+	if first.unhealed != no || second.leftOut != no || len(third.shadowed) != 1 || third.shadowed[0] != s || !d.empty() {
+		t.Errorf("told %v, %v, %v", first, second, third)
 	}
 }

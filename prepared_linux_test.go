@@ -284,6 +284,7 @@ func TestStrangersRouteOnOurDevice(t *testing.T) {
 	for _, p := range prefixes("10.9.0.0/16", "fd09::/64", "10.8.0.0/16", "fd08::/64") {
 		cfg.Routes = append(cfg.Routes, Route{Prefix: p})
 	}
+	l.trusting(d)
 	l.reload(d, cfg)
 	l.want("routes", l.routes(d.index),
 		"10.8.0.0/16 table 254 metric 0 proto 3 mtu 1300 mss 0",
@@ -295,7 +296,7 @@ func TestStrangersRouteOnOurDevice(t *testing.T) {
 		"fd09::/64 table 254 metric 1024 proto 3 mtu 1280 mss 0",
 		"fd42::/64 table 254 metric 256 proto 111 mtu 1300 mss 1240")
 	e := l.event(d, EventShadowed)
-	want := fmt.Sprintf("10.9.0.0/16 is answered by %[1]s itself, protocol 3, mtu 700\nfd09::/64 is answered by %[1]s itself, protocol 3, mtu 1280", name)
+	want := fmt.Sprintf("10.9.0.0/16 is answered by %[1]s itself, protocol 3, mtu 700; fd09::/64 is answered by %[1]s itself, protocol 3, mtu 1280", name)
 	if e.N != 2 || e.Err.Error() != want {
 		t.Errorf("event %v, want (2): %s", e, want)
 	}

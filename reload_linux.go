@@ -1,10 +1,8 @@
 package overlay
 
 import (
-	"fmt"
+	"maps"
 	"slices"
-
-	"example.com/overlay/internal/kernel"
 )
 
 // Reload implements Device. The tree learns new routes before the kernel does and forgets old ones after.
@@ -34,11 +32,14 @@ func (d *tunDevice) Reload(cfg Config) error {
 		}
 	}
 	old := d.cfg
+	if next.NoOffload != old.NoOffload {
+		d.regrant(next.NoOffload)
+	}
 	d.viewMu.Lock()
 	d.cfg = next
 	d.viewMu.Unlock()
 	if d.active {
-		d.follow(&old, &next)
+		d.follower.change(d, &old, &next)
 	}
 	d.bare.Store(next.NoFilter)
 	d.logTo(next.Logger)
@@ -46,18 +47,13 @@ func (d *tunDevice) Reload(cfg Config) error {
 	return nil
 }
 
-// follow lets the follower go from one Config to the next. It is no part of all or nothing: what cannot be followed is noted.
-func (d *tunDevice) follow(old, next *Config) {
-	if err := d.follower.change(d, old, next); err != nil {
-		d.note(fmt.Errorf("the kernel's routes are not followed: %w", err))
-	}
-}
-
 // enforce brings the kernel from the Config in force to next. Where that is a matter of routes, and nobody has meddled since we
-// looked, it takes law 5's messages and no look.
+// looked, it takes law 5's messages and no look. What failed the last time and is optional is tried again in any case: where it
+// never works, as in a container with a read-only /proc/sys, that is all.
 func (d *tunDevice) enforce(next *Config, changes routeChanges) error {
 	run := &execution{device: d, protocol: next.protocol(), concerned: d.tree.routed}
-	if !changes.onlyRoutes(&d.cfg, next) || d.trust.contested || !d.trusted() {
+	if !changes.onlyRoutes(&d.cfg, next) || d.trust.contested || !d.trusted() || d.retry() {
+		run.gone = changes.hidden(&d.cfg, next, d.index)
 		return d.converge("reload", next, run)
 	}
 	steps, want := changes.planChanges(&d.cfg, next, d.index)
@@ -75,27 +71,20 @@ func (d *tunDevice) enforce(next *Config, changes routeChanges) error {
 		run.before = d.supposed()
 		return d.converge("reload", next, run) // things are not as we thought: look
 	}
-	d.tellShadows(d.someShadows(&observed{}, &want, next, added(steps, want.routes)))
+	d.tellShadows(d.someShadows(&observed{}, &want, next, d.installed(next, &want, changes.prefixes), changes.prefixes))
 	return nil
 }
 
-// added are those of the wanted routes that steps add: not those that only stand in for others meanwhile.
-func added(steps []step, wanted []kernel.Route) (routes []kernel.Route) {
-	if len(steps) == len(wanted) && !slices.ContainsFunc(steps, func(s step) bool { return s.kind != stepAddRoute }) {
-		return wanted
+// retry tries again what failed the last time, and says whether something is otherwise now, so that a look is due. The Config in
+// force asks for it already: whatever becomes of a Reload, this is not taken back.
+func (d *tunDevice) retry() bool {
+	var steps []step
+	for _, name := range slices.Sorted(maps.Keys(d.past.lacks)) {
+		steps = append(steps, d.past.lacks[name].step)
 	}
-	keys := make(map[kernel.RouteKey]bool)
-	for _, s := range steps {
-		if s.kind == stepAddRoute {
-			keys[s.route.RouteKey] = true
-		}
-	}
-	for _, r := range wanted {
-		if keys[r.RouteKey] {
-			routes = append(routes, r)
-		}
-	}
-	return routes
+	run := &execution{device: d, protocol: d.cfg.protocol()}
+	err := run.carryOut(steps)
+	return err != nil || len(run.done) > 0
 }
 
 // supposed is what the kernel holds of ours by all we know.

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"runtime"
+	"slices"
 	"time"
 
 	"example.com/overlay/internal/fib"
@@ -14,21 +16,63 @@ import (
 
 // resyncNow reads everything anew.
 func (f *following) resyncNow() {
-	reason, start := f.pending, time.Now()
+	reason := f.pending
 	f.pending = nil
-	err := f.readAll()
-	f.rested = time.Now().Add(resyncRest * time.Since(start))
+	cost, err := processorTime(f.readAll)
+	f.settle() // nobody may announce anything for long
+	f.rested = time.Now().Add(resyncRest * cost)
 	if err != nil {
-		f.look(fmt.Errorf("%w: %w", reason, err))
-		f.rested = maxTime(f.rested, time.Now().Add(resyncRetry))
+		f.failed(reason, err)
 		return
 	}
+	f.failures = 0
+	f.device.setUnsynced("")
 	f.publishNow()
 	f.synced = true
 	f.device.counts.resyncs.Add(1)
 	if reason != errAudit {
 		f.device.notify(Event{Kind: EventResynced, N: f.device.tree.learnedRoutes(), Err: reasonOf(reason)})
 	}
+}
+
+// processorTime says what fn cost the processor: on a machine that has other things to do it takes far longer.
+func processorTime(fn func() error) (time.Duration, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	used := func() time.Duration {
+		var u unix.Rusage
+		if unix.Getrusage(unix.RUSAGE_THREAD, &u) != nil {
+			return 0
+		}
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	before := used()
+	err := fn()
+	return used() - before, err
+}
+
+// failed notes that a resync came to nothing, or to little: what was learned stays, and it is tried again, ever more rarely.
+func (f *following) failed(reason, err error) {
+	f.look(reason)
+	retry := min(resyncRetry<<min(f.failures, 10), auditDeaf)
+	f.rested = maxTime(f.rested, time.Now().Add(retry))
+	f.failures++
+	if f.failures >= resyncBear && errors.Is(err, rtnl.ErrInterrupted) { // better than nothing, where nothing was read in quiet yet
+		f.publishNow()
+		f.synced = true
+	}
+	err = fmt.Errorf("the kernel's routes may not be those that are followed: %w", err)
+	f.device.setUnsynced(err.Error())
+	if f.failures == resyncBear {
+		f.device.notify(Event{Kind: EventDegraded, N: 1, Err: err})
+	}
+}
+
+// setUnsynced is for State.
+func (d *tunDevice) setUnsynced(why string) {
+	d.viewMu.Lock()
+	d.unsynced = why
+	d.viewMu.Unlock()
 }
 
 func reasonOf(reason error) error {
@@ -47,23 +91,22 @@ func maxTime(a, b time.Time) time.Time {
 
 // readAll reads nexthop objects, rules and routes. The filter is away meanwhile, because what it hides spoils a dump too.
 func (f *following) readAll() error {
-	if err := f.listener.HearAll(); err != nil {
-		return err
+	if !f.deaf {
+		if err := f.listener.HearAll(); err != nil {
+			return err
+		}
+		defer func() { _ = f.filter() }()
 	}
-	defer func() { _ = f.listener.OnlyConcerning(f.device.index, f.ownPort) }()
-	if err := f.hear(1 << 20); err != nil {
-		return err
-	}
+	f.hear(1 << 20)
 	if err := f.readNextHops(); err != nil {
 		return fmt.Errorf("read the nexthop objects: %w", err)
 	}
 	if err := f.readRules(); err != nil {
 		return fmt.Errorf("read the routing rules: %w", err)
 	}
-	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-		if err := f.readRoutes(family); err != nil {
-			return fmt.Errorf("read the routes: %w", err)
-		}
+	err := errors.Join(f.readRoutes(unix.AF_INET), f.readRoutes(unix.AF_INET6)) // that one fails says nothing about the other
+	if err != nil {
+		return fmt.Errorf("read the routes: %w", err)
 	}
 	return nil
 }
@@ -111,7 +154,7 @@ func (f *following) readRules() error {
 // readRoutes reads one family's routes: mark and sweep (design.md law 2).
 func (f *following) readRoutes(family uint8) error {
 	is6, heard := family == unix.AF_INET6, f.routes[familyIndex(family)]
-	f.lost = false
+	f.lost = f.deaf
 	f.locked(func(t *fib.Table) { t.Begin(is6, true) })
 	var failed error
 	for _, table := range f.tables {
@@ -121,6 +164,7 @@ func (f *following) readRoutes(family uint8) error {
 				failed = err
 				return false
 			}
+			f.expires(&f.scratch)
 			f.locked(func(t *fib.Table) { t.Dumped(&f.scratch) })
 			return false
 		}
@@ -128,14 +172,71 @@ func (f *following) readRoutes(family uint8) error {
 			failed = err
 		}
 	}
-	err := f.hear(1 << 20) // all that was announced before the dump ended
-	quiet := failed == nil && err == nil && !f.lost && heard == f.routes[familyIndex(family)]
+	f.hear(1 << 20) // all that was announced before the dump ended
+	quiet := failed == nil && !f.lost && heard == f.routes[familyIndex(family)]
+	if quiet && f.short(is6) {
+		quiet, failed = false, errShort
+	}
 	f.locked(func(t *fib.Table) { t.End(is6, quiet) })
 	f.dirty = true
-	if err == nil {
-		err = failed
+	return failed
+}
+
+// breathe waits; true: it was ended by an order, perhaps by an old one.
+func (f *following) breathe(rest time.Duration) bool {
+	timer := time.NewTimer(rest)
+	defer timer.Stop()
+	select {
+	case <-f.poked:
+		return true
+	case <-timer.C:
+		return false
 	}
-	return err
+}
+
+// expires takes note of when a route goes out of use. The kernel announces that only when it clears the route away, which may take it
+// half a minute (net/ipv6/route.c, find_match; net.ipv6.route.gc_interval).
+func (f *following) expires(r *kernel.FIBRoute) {
+	const late = 20 * time.Millisecond // it counts in ticks
+	ours := func(leg kernel.Leg) bool { return int(leg.Link) == f.device.index }
+	if r.Expires <= 0 || r.NextHop == 0 && !slices.ContainsFunc(r.Legs, ours) {
+		return
+	}
+	if at := time.Now().Add(time.Duration(r.Expires)*10*time.Millisecond + late); f.expiry.IsZero() || at.Before(f.expiry) {
+		f.expiry = at
+	}
+}
+
+var errShort = errors.New("the kernel's list leaves out routes that are there")
+
+// short says whether a dump, in which all was quiet, left out what is there: the kernel ends the list of a table, and says that it
+// was all, before a route of so many legs that it does not fit (kernel.md A26). A few questions tell, because then all that would
+// have come after that is missing.
+func (f *following) short(is6 bool) bool {
+	const few = 16
+	var asked []fib.Place
+	var requests []rtnl.Message
+	f.locked(func(t *fib.Table) {
+		for _, p := range t.Unseen(is6, few) {
+			if addr, ok := fib.Probe(p.Prefix, netip.Prefix{}, f.layer.longest); ok {
+				asked, requests = append(asked, p), append(requests, rtnl.MatchRoute(addr))
+			}
+		}
+	})
+	for i, result := range f.conn.Do(requests...) {
+		if errors.Is(result.Err, unix.EMSGSIZE) {
+			return true
+		}
+		if result.Err != nil || len(result.Answers) != 1 || rtnl.DecodeFIBRoute(result.Answers[0], &f.scratch) != nil {
+			continue
+		}
+		r := &f.scratch
+		through := is6 && r.NextHop != 0 // of such routes an answer may be about another
+		if !through && asked[i] == (fib.Place{Prefix: r.Prefix, Table: r.Table}) && slices.ContainsFunc(r.Legs, func(leg kernel.Leg) bool { return int(leg.Link) == f.device.index }) {
+			return true
+		}
+	}
+	return false
 }
 
 // locked lends out the table.
@@ -153,7 +254,7 @@ func (f *following) settle() {
 		f.locked(func(t *fib.Table) {
 			missing, doubts = t.MissingNextHops(), t.Doubts(false)
 			if t.ResyncNeeded() {
-				f.look(errors.New("nexthop objects changed"))
+				f.look(errUntold)
 			}
 		})
 		if len(missing) == 0 && len(doubts) == 0 {

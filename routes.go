@@ -7,14 +7,15 @@ import (
 	"example.com/overlay/internal/kernel"
 )
 
-// Route is a prefix that is reached through the device.
+// Route is a prefix that is reached through the device. For the very prefix of a network, in main and without Metric, it stands for
+// the network's connected route, which then is installed with its MTU or, with NoInstall, not at all.
 type Route struct {
 	Prefix    netip.Prefix // without host bits
 	Via       []Gateway    // overlay hosts inside Networks; nil: on-link, for any prefix
 	MTU       int          // bytes; 0: Config.MTU
 	Metric    int          // 0: the kernel's default: 0 for IPv4, 1024 for IPv6
 	Table     int          // 0: main. A /0 in main at metric 0 needs it said: Table 254
-	NoInstall bool         // steer only, leave the kernel's table alone
+	NoInstall bool         // steer only, keep it out of the kernel's table; for a network's own prefix, its connected route too
 }
 
 // metric is what the kernel makes of Metric: for IPv6 it replaces 0 (kernel.md V21).
@@ -32,11 +33,8 @@ func (r *Route) table() uint32 {
 	return uint32(r.Table)
 }
 
-func (r *Route) key() kernel.RouteKey {
-	return kernel.RouteKey{Prefix: r.Prefix, Table: r.table(), Metric: r.metric()}
-}
-
-// keyOf is the key of one of c's routes: that of the connected route if it names a network of ours and no metric.
+// keyOf is the kernel's key of one of c's routes: that of the connected route if it names a network of ours and no metric. There is
+// no key of a Route alone.
 func (c *Config) keyOf(r *Route) kernel.RouteKey {
 	if r.Metric == 0 && r.table() == kernel.TableMain {
 		for _, network := range c.Networks {
@@ -45,7 +43,7 @@ func (c *Config) keyOf(r *Route) kernel.RouteKey {
 			}
 		}
 	}
-	return r.key()
+	return kernel.RouteKey{Prefix: r.Prefix, Table: r.table(), Metric: r.metric()}
 }
 
 // Metrics that the kernel gives to what names none.

@@ -13,24 +13,44 @@ type shadow struct {
 	text   string
 }
 
-// overshadow returns what is in the shadow after a look at some routes found these, and which of them was not before.
-func overshadow(before, found []shadow, looked []kernel.Route) (all, news []shadow) {
-	prefixes := make(map[netip.Prefix]bool, len(looked))
-	for _, r := range looked {
-		prefixes[r.Prefix] = true
-	}
+// overshadow returns what is in the shadow after a look at the routes for some prefixes found these, and which of them was not
+// before.
+func overshadow(before, found []shadow, looked map[netip.Prefix]bool) (all, news []shadow) {
+	was, is := setOf(before), setOf(found)
 	all = append(all, found...)
 	for _, s := range before {
-		if !prefixes[s.prefix] && !slices.Contains(found, s) {
+		if !looked[s.prefix] && !is[s] {
 			all = append(all, s)
 		}
 	}
 	for _, s := range found {
-		if !slices.Contains(before, s) {
+		if !was[s] {
 			news = append(news, s)
 		}
 	}
 	return all, news
+}
+
+// setOf is for many: who shadows us may do so a hundred thousand times.
+func setOf(list []shadow) map[shadow]bool {
+	set := make(map[shadow]bool, len(list))
+	for _, s := range list {
+		set[s] = true
+	}
+	return set
+}
+
+// asked are the routes of which the kernel can be asked who answers for them, with their prefixes: other tables are consulted by
+// rules only.
+func asked(routes []kernel.Route) (main []kernel.Route, prefixes map[netip.Prefix]bool) {
+	prefixes = make(map[netip.Prefix]bool, len(routes))
+	for _, r := range routes {
+		if r.Table == kernel.TableMain {
+			main = append(main, r)
+			prefixes[r.Prefix] = true
+		}
+	}
+	return main, prefixes
 }
 
 // sharesKeys says whether somebody else's route through the device has the key of one of ours.
@@ -86,7 +106,7 @@ func (p *probes) first(prefix netip.Prefix) (netip.Addr, bool) {
 
 // after is first for an address behind those that other, a stranger's longer prefix, covers.
 func (p *probes) after(prefix, other netip.Prefix) (netip.Addr, bool) {
-	return p.from(prefix, behind(other))
+	return p.from(prefix, kernel.Behind(other))
 }
 
 func (p *probes) from(prefix netip.Prefix, addr netip.Addr) (netip.Addr, bool) {
@@ -95,7 +115,7 @@ func (p *probes) from(prefix netip.Prefix, addr netip.Addr) (netip.Addr, bool) {
 		longest := p.longest(addr)
 		switch {
 		case longest.Bits() > prefix.Bits():
-			addr = behind(longest)
+			addr = kernel.Behind(longest)
 		case p.own[addr]:
 			addr = addr.Next()
 		default:
@@ -103,17 +123,4 @@ func (p *probes) from(prefix netip.Prefix, addr netip.Addr) (netip.Addr, bool) {
 		}
 	}
 	return netip.Addr{}, false
-}
-
-// behind returns the address that follows the last of prefix; the zero Addr, which no prefix contains, if there is none.
-func behind(prefix netip.Prefix) netip.Addr {
-	if !prefix.IsValid() {
-		return netip.Addr{}
-	}
-	b := prefix.Addr().AsSlice()
-	for i := prefix.Bits(); i < 8*len(b); i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	last, _ := netip.AddrFromSlice(b)
-	return last.Next()
 }

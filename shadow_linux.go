@@ -27,25 +27,35 @@ func (d *tunDevice) shadows(have *observed, want *desired, cfg *Config) {
 	d.tellShadows(found)
 }
 
-// someShadows is shadows where only some routes may have got one; it returns those that are new.
-func (d *tunDevice) someShadows(have *observed, want *desired, cfg *Config, routes []kernel.Route) []shadow {
+// someShadows is shadows where only these prefixes may have got or lost one, of which the routes are left; it returns those that are
+// new.
+func (d *tunDevice) someShadows(have *observed, want *desired, cfg *Config, routes []kernel.Route, looked map[netip.Prefix]bool) []shadow {
 	found := d.shadowsOf(have, want, cfg, routes)
+	all, news := overshadow(d.shadowed, found, looked) // changed only by who holds d.mu, as we do
 	d.viewMu.Lock()
-	defer d.viewMu.Unlock()
-	all, news := overshadow(d.shadowed, found, routes)
 	d.shadowed = all
+	d.viewMu.Unlock()
 	return news
+}
+
+// installed are those of cfg's routes for these prefixes that are in the main table.
+func (d *tunDevice) installed(cfg *Config, want *desired, prefixes map[netip.Prefix]bool) (routes []kernel.Route) {
+	if len(prefixes) == 0 {
+		return nil
+	}
+	for i := range cfg.Routes {
+		if r := &cfg.Routes[i]; prefixes[r.Prefix] && !r.NoInstall && r.table() == kernel.TableMain {
+			routes = append(routes, want.route(cfg, cfg.keyOf(r), d.index, cfg.routeMTU(r)))
+		}
+	}
+	return routes
 }
 
 func (d *tunDevice) tellShadows(found []shadow) {
 	if len(found) == 0 {
 		return
 	}
-	errs := make([]error, len(found))
-	for i, s := range found {
-		errs[i] = errors.New(s.text)
-	}
-	d.notify(Event{Kind: EventShadowed, N: len(found), Err: errors.Join(errs...)})
+	d.notify(Event{Kind: EventShadowed, N: len(found), Err: errors.New(brief(found, func(s shadow) string { return s.text }))})
 }
 
 // shadowsOf asks the kernel about routes: an equal route of another interface that stands before ours is never seen in a look
@@ -53,9 +63,17 @@ func (d *tunDevice) tellShadows(found []shadow) {
 func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes []kernel.Route) []shadow {
 	const looks = 4 // a stranger's longer prefix may hide a route of ours: another address then
 	var found []shadow
-	for _, r := range obscured(have, want) {
-		found = append(found, ownShadow(r, have.link.Name))
+	seen := make(map[shadow]bool)
+	note := func(s shadow) {
+		if !seen[s] {
+			seen[s] = true
+			found = append(found, s)
+		}
 	}
+	for _, r := range obscured(have, want) {
+		note(ownShadow(r, have.link.Name))
+	}
+	routes, _ = asked(routes)
 	const few = 256
 	if len(routes) > few { // then a look at all that others have is cheaper
 		routes = d.rivalled(routes, want.protocol)
@@ -63,7 +81,7 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes
 	probes := newProbes(cfg.Networks, d.tree.longest)
 	var questions []question
 	for _, r := range routes {
-		if dst, ok := probes.first(r.Prefix); ok && r.Table == kernel.TableMain {
+		if dst, ok := probes.first(r.Prefix); ok {
 			questions = append(questions, question{route: r, dst: dst})
 		}
 	}
@@ -73,9 +91,7 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes
 			q := questions[i]
 			other, shadow := d.answer(&q, result, want)
 			if shadow.text != "" {
-				if !slices.Contains(found, shadow) {
-					found = append(found, shadow)
-				}
+				note(shadow)
 			} else if dst, ok := probes.after(q.route.Prefix, other); ok {
 				again = append(again, question{q.route, dst, q.refused})
 			}
@@ -91,7 +107,8 @@ func (d *tunDevice) rivalled(routes []kernel.Route, protocol uint8) []kernel.Rou
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		request := rtnl.GetAllRoutes(family)
 		request.Keep = func(m rtnl.Message) bool {
-			if prefix, by := rtnl.PeekRoute(m); by != protocol && d.tree.routed(prefix) {
+			prefix, by := rtnl.PeekRoute(m)
+			if (by != protocol || rtnl.PeekLink(m) != d.index) && d.tree.routed(prefix) { // another device of ours is a rival too
 				rivals[prefix] = true
 			}
 			return false

@@ -85,6 +85,7 @@ type report struct {
 	adopted    bool
 	queues     int
 	txQueueLen int // the kernel's now; 0: what Config asks for
+	readBuffer int // of announcements of routes, likewise
 	stats      Stats
 	notes      []string                         // abilities that the device lacks
 	learned    func(netip.Prefix) (offer, bool) // what the kernel's route table says now; nil: nothing
@@ -154,7 +155,7 @@ func (s State) writeConfig(b *strings.Builder) {
 		on(c.TakeAddresses), c.NoOffload)
 	if r := c.SystemRoutes; r != nil {
 		tables := strings.Trim(fmt.Sprint(r.Tables), "[]")
-		fmt.Fprintf(b, "follow tables %s read-buffer %d max %d\n", word(strings.ReplaceAll(tables, " ", ",")), r.ReadBuffer, r.Max)
+		fmt.Fprintf(b, "follow tables %s read-buffer %d max %d\n", word(strings.ReplaceAll(tables, " ", ",")), cmp.Or(s.report.readBuffer, r.ReadBuffer), r.Max)
 	}
 }
 

@@ -133,7 +133,7 @@ func TestStateOfARealDevice(t *testing.T) {
 			t.Errorf("got\n%v\nwant %s", s, pattern)
 		}
 	}
-	want("device %s index [1-9][0-9]* link up mtu 1400 txqueuelen 123 queues 2 offload none learned 0", r.name)
+	want("device %s index [1-9][0-9]* link up mtu 1400 txqueuelen 123 queues 2 offload tcp\\+udp learned 0", r.name)
 	text := r.dev.State().String()
 	for _, line := range []string{
 		"config mode create netns ", "network 10.9.0.1/24 mtu 1400 mss 1360",

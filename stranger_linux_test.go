@@ -162,13 +162,16 @@ func waitingSizes(t testing.TB, d Device) (sizes []int) {
 
 func waitingIn(t testing.TB, d Device, queue int) (sizes []int) {
 	t.Helper()
-	b := make([]byte, maxPacket)
-	err := d.Queues()[queue].(*tunQueue).raw.Control(func(fd uintptr) {
+	room := make([]byte, readRoom)
+	q := d.Queues()[queue].(*tunQueue)
+	err := q.raw.Control(func(fd uintptr) {
 		for {
-			size, err := unix.Read(int(fd), b)
+			size, err := unix.Read(int(fd), room)
 			if err != nil {
 				return
 			}
+			b := room[q.header:]
+			size -= q.header
 			if size > 20 && b[0]>>4 == 4 && b[9] == unix.IPPROTO_UDP {
 				sizes = append(sizes, size)
 			}

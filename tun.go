@@ -31,7 +31,7 @@ type Device interface {
 	RoutesFor(dst netip.Addr) (Gateways, bool)
 	State() State         // what the device believes now; printed, it is the dump
 	Stats() Stats         // counters since New
-	Events() <-chan Event // the one channel; full, it drops the oldest; Close closes it
+	Events() <-chan Event // the one channel; 64 wait, then the oldest goes (EventsMissed); Close closes it
 	sealed()
 }
 
@@ -87,7 +87,8 @@ type Config struct {
 	Disabled bool   // no kernel part at all: RoutesFor answers, reads wait for Close, writes are counted and dropped
 }
 
-// SystemRoutes says which of the kernel's routes the overlay follows.
+// SystemRoutes says which of the kernel's routes through the device the overlay follows: by gateways that lie in Networks, and
+// without a gateway, on-link, whatever prefix they are for.
 type SystemRoutes struct {
 	Tables     []int // routing tables; nil: main
 	ReadBuffer int   // bytes of socket receive buffer; 0: 4 MiB asked (rmem_max may grant less: State tells)
@@ -100,8 +101,8 @@ const DefaultProtocol = 111
 // Mode says which device New opens.
 type Mode uint8
 
-// The modes of New. An attached device keeps its owner, its group and its persistence: Attach and Adopt refuse to be asked for
-// any of them, with AttachOrCreate they are those of the device that it creates.
+// The modes of New. A device that is there keeps its owner, its group and its persistence: Attach refuses to be asked for any of
+// them, Adopt compares them, and with AttachOrCreate they are those of the device that it creates.
 const (
 	Create         Mode = iota // a new device; ErrBusy if the name is taken
 	Attach                     // a prepared, persistent device
@@ -124,7 +125,7 @@ type State struct {
 	MTU      int // bytes, the kernel's now
 	Up       bool
 	Networks []netip.Prefix
-	Offload  Offload // granted
+	Offload  Offload // granted by the kernel, and taken by it now
 	Learned  int     // routes followed now
 
 	table  *snapshot
@@ -134,11 +135,12 @@ type State struct {
 // Routes iterates the routes in force: networks, configured and learned, by prefix.
 func (s State) Routes() iter.Seq2[netip.Prefix, Gateways] { return s.table.all() }
 
-// Stats holds nothing but uint64 counters. Read is kernel to program, what `ip -s link` calls TX; packets count after splitting.
+// Stats holds nothing but uint64 counters. Read is kernel to program, what `ip -s link` calls TX; packets count after splitting,
+// bytes as they are handed over, and Super counts superpackets, those that WriteBatch makes too.
 type Stats struct {
 	ReadPackets, ReadBytes, ReadSuper, ReadInvalid, ReadDropped                  uint64 // ReadDropped: for want of a reader, of room in its buffer, or with a queue that was closed
 	WritePackets, WriteBytes, WriteSuper, WriteRefused, WriteFiltered, WriteDown uint64
-	Overruns, Resyncs, Restores, RestoreFails, OffloadFails, EventsMissed        uint64
+	Overruns, Resyncs, Restores, RestoreFails, OffloadFails, EventsMissed        uint64 // OffloadFails: superpackets that the kernel refused and got packet by packet
 }
 
 // Event is a hint that something changed; State has the truth.

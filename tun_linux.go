@@ -31,8 +31,13 @@ func New(cfg Config) (Device, error) {
 // Adopt takes over an open device by its descriptors, one a queue (systemd, a helper, an older self). On error they stay the
 // caller's. A descriptor taken from an *os.File must be a duplicate: the File would close it behind our back.
 //
-// Owner, group and persistence stay as they are. Without CAP_NET_ADMIN the kernel does not tell which namespace the device
-// is in: then names and flags alone are compared, and State says so.
+// It changes nothing of the device but the offloads and the byte order of headers, and loses no packet that waits in it. The Config
+// that New made it by will do: Name, Owner, Group and Persist are compared, where they say something, and refused if the device is
+// otherwise; Mode says nothing. Activate then writes what differs from Config, which after an older self is nothing. That self must have
+// closed its Device: of two that are alive each would read a part of the packets, and put back what the other changes.
+//
+// Without CAP_NET_ADMIN the kernel does not tell which namespace the device is in: then names and flags alone are compared, and
+// State says so. Errors: *ConfigError, joined, before any system call; *OpError, which may be ErrBusy: the device has more queues.
 func Adopt(cfg Config, fds ...int) (Device, error) {
 	if err := errors.Join(cfg.Validate(), adoptable(&cfg, fds)); err != nil {
 		return nil, err
@@ -46,15 +51,6 @@ func adoptable(cfg *Config, fds []int) error {
 	v := &validator{}
 	if cfg.Disabled {
 		v.refuse("Disabled", true, "a device that is none has no descriptors")
-	}
-	if cfg.Owner != 0 {
-		v.refuse("Owner", cfg.Owner, "an adopted device keeps its owner")
-	}
-	if cfg.Group != 0 {
-		v.refuse("Group", cfg.Group, "an adopted device keeps its group")
-	}
-	if cfg.Persist {
-		v.refuse("Persist", true, "an adopted device keeps its persistence")
 	}
 	if len(fds) == 0 || cfg.Queues != 0 && cfg.Queues != len(fds) {
 		v.refuse("Queues", cfg.Queues, "there are %d descriptors", len(fds))
@@ -76,13 +72,13 @@ type tunDevice struct {
 	healer     *healer
 	follower   *follower     // nil: the kernel lets us not follow its routes
 	doubts     atomic.Uint64 // announcements so far that what was last seen may not outlive
-	bare       atomic.Bool   // Config.NoFilter
-	dropped    uint64        // what the kernel's counter said at New
-	last       atomic.Value  // kernel.Link: last seen
-	lookMu     sync.Mutex    // of look: what is seen later is stored later
-	lost       atomic.Bool   // deleted, or moved to another namespace
-	closing    atomic.Bool
-	closeOnce  sync.Once
+	shared
+	dropped   uint64       // what the kernel's counter said at New
+	last      atomic.Value // kernel.Link: last seen
+	lookMu    sync.Mutex   // of look: what is seen later is stored later
+	lost      atomic.Bool  // deleted, or moved to another namespace
+	closing   atomic.Bool
+	closeOnce sync.Once
 
 	mu     sync.Mutex // one of Activate, Reload, Close at a time
 	cfg    Config     // in force; written with mu and viewMu held, what it points to never
@@ -94,8 +90,10 @@ type tunDevice struct {
 	viewMu sync.Mutex // cfg and what follows, for State
 
 	notes    []string // abilities that are missing
-	unhealed string   // why others' doings could not be made good; "": they could
-	shadowed []shadow // prefixes for which others answer
+	unsynced string   // why the routes that are followed may not be the kernel's; "": they are
+	leftOut  error    // what is not put back, for the administrator's sake; nil: nothing
+	unhealed error    // why others' doings could not be made good; nil: they could
+	shadowed []shadow // prefixes for which others answer; what it points to nobody changes
 }
 
 // conn is a connection to the kernel's routing tables; tests put one in between that fails.
@@ -119,6 +117,8 @@ func newTun(cfg Config, open func(*opener) (*attachment, error)) (Device, error)
 	d := &tunDevice{cfg: cfg.clone(), procfs: -1, healer: newHealer()}
 	d.logTo(cfg.Logger)
 	d.bare.Store(cfg.NoFilter)
+	d.offloads.fails = &d.counts.offloadFails
+	d.offloads.tell = func(why error) { d.notify(Event{Kind: EventDegraded, N: 1, Err: why}) }
 	err := netns.Do(cfg.NetNS, func() error { return d.open(open) })
 	if err != nil {
 		var op *OpError
@@ -154,7 +154,7 @@ func (d *tunDevice) open(open func(*opener) (*attachment, error)) (err error) {
 	if a.unowned() {
 		d.note(errors.New("any local user may attach a queue: the device has neither owner nor group"))
 	}
-	d.queues, err = a.queues(&d.bare)
+	d.queues, err = a.queues(&d.shared)
 	for _, q := range d.queues {
 		q.sole.Store(!d.adopted)
 	}
@@ -177,7 +177,7 @@ func (d *tunDevice) connect() (err error) {
 	case err != nil:
 		d.note(fmt.Errorf("not told of changes: %w", err))
 	}
-	d.follower, err = newFollower(d.ctl.Port())
+	d.follower, err = newFollower()
 	switch {
 	case exhausted(err):
 		return err
@@ -264,7 +264,7 @@ func (d *tunDevice) stats() Stats {
 // State implements Device.
 func (d *tunDevice) State() State {
 	link, here := d.look()
-	s := State{Name: link.Name, MTU: link.MTU, table: d.tree.current.Load()}
+	s := State{Name: link.Name, MTU: link.MTU, Offload: d.offloads.usable(), table: d.tree.current.Load()}
 	if here {
 		s.Index, s.Up = d.index, link.Up
 	}
@@ -276,8 +276,18 @@ func (d *tunDevice) State() State {
 		config: d.cfg, adopted: d.adopted, queues: len(d.queues), txQueueLen: link.TxQueueLen,
 		stats: d.stats(), notes: slices.Clone(d.notes), learned: d.tree.learnedOffer,
 	}
-	if d.unhealed != "" {
-		s.report.notes = append(s.report.notes, d.unhealed)
+	if d.follower != nil {
+		s.report.readBuffer = int(d.follower.granted.Load())
+	}
+	for _, trouble := range []error{d.leftOut, d.unhealed} {
+		if trouble != nil {
+			s.report.notes = append(s.report.notes, trouble.Error())
+		}
+	}
+	for _, note := range []string{d.unsynced, d.offloads.note()} {
+		if note != "" {
+			s.report.notes = append(s.report.notes, note)
+		}
 	}
 	for _, shadow := range d.shadowed {
 		s.report.notes = append(s.report.notes, "shadowed: "+shadow.text)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"example.com/overlay/internal/rtnl"
+	"golang.org/x/sys/unix"
 )
 
 // walker makes Configs at random, out of few parts, so that they often have some in common.
@@ -20,7 +21,10 @@ var (
 // config is valid, whatever it is.
 func (w walker) config() Config {
 	for {
-		c := Config{NoHeal: true, MTU: []int{0, 1400, 1500}[w.IntN(3)]}
+		c := Config{
+			NoHeal: true, MTU: []int{0, 1000, 1400, 1500}[w.IntN(4)], TxQueueLen: []int{0, 0, 77}[w.IntN(3)],
+			LinkLocal: w.IntN(3) == 0, TakeAddresses: w.IntN(3) == 0,
+		}
 		for _, network := range walkNetworks {
 			if w.IntN(2) == 0 {
 				c.Networks = append(c.Networks, network)
@@ -28,7 +32,7 @@ func (w walker) config() Config {
 		}
 		for range w.IntN(12) {
 			r := Route{
-				Prefix: walkPrefixes[w.IntN(len(walkPrefixes))], MTU: []int{0, 0, 1300, 1450}[w.IntN(4)], Metric: []int{0, 0, 7, 256}[w.IntN(4)],
+				Prefix: walkPrefixes[w.IntN(len(walkPrefixes))], MTU: []int{0, 0, 1300, 1450}[w.IntN(4)], Metric: []int{0, 0, 7, 256, 1024}[w.IntN(5)],
 				Table: []int{0, 0, 254, 77}[w.IntN(4)], NoInstall: w.IntN(4) == 0,
 			}
 			if w.IntN(2) == 0 {
@@ -47,6 +51,9 @@ func (w walker) near(c Config) Config {
 	for {
 		n := c.clone()
 		switch other := w.config(); {
+		case w.IntN(8) == 0:
+			n.TxQueueLen, n.LinkLocal, n.TakeAddresses = other.TxQueueLen, other.LinkLocal, other.TakeAddresses
+		case w.IntN(8) == 0: // the same again
 		case len(n.Routes) > 0 && w.IntN(3) == 0:
 			i := w.IntN(len(n.Routes))
 			n.Routes = append(n.Routes[:i], n.Routes[i+1:]...)
@@ -64,7 +71,7 @@ func (w walker) near(c Config) Config {
 }
 
 // A walk through Configs: after each Reload kernel and tree hold what the Config says and no more, with a look or without; and
-// after one in which an operation was refused, what the Config before said.
+// after one in which an operation was refused or its outcome lost, what the Config before said, or all but that where it is optional.
 func TestReloadWalk(t *testing.T) {
 	steps := 400
 	if testing.Short() || raceEnabled {
@@ -76,18 +83,20 @@ func TestReloadWalk(t *testing.T) {
 	w := walker{rand.New(rand.NewPCG(seed, 0))}
 	cfg := w.config()
 	d := l.active(cfg)
-	fast, refused := 0, 0
+	fast, refused, lacked := 0, 0, 0
 	for i := range steps {
 		next := w.near(cfg)
 		if w.IntN(3) == 0 {
 			next = w.config()
 		}
 		next.NetNS = l.ns.Path()
-		fault := w.IntN(40)
+		fault, hit := w.IntN(40), false
+		bad := []misfortune{refusal(unix.EINVAL), {err: rtnl.ErrUnknown}, {err: rtnl.ErrUnknown, done: true}}[w.IntN(3)]
 		m, remove := meddle(d, func(m *meddler) {
 			m.fail = func(n int, r rtnl.Message) misfortune {
 				if n == fault && !isQuestion(r) {
-					return refusal(22)
+					hit = true
+					return bad
 				}
 				return misfortune{}
 			}
@@ -98,6 +107,11 @@ func TestReloadWalk(t *testing.T) {
 			cfg = next
 		} else {
 			refused++
+		}
+		if len(d.past.lacks) > 0 {
+			if lacked++; !hit && err == nil {
+				t.Errorf("lacks what nothing was refused for: %v", d.past.lacks)
+			}
 		}
 		looked := false
 		for _, name := range m.log {
@@ -114,7 +128,7 @@ func TestReloadWalk(t *testing.T) {
 			t.Fatalf("networks %s, want %v", got, cfg.Networks)
 		}
 	}
-	t.Logf("%d reloads, %d without a look, %d refused", steps, fast, refused)
+	t.Logf("%d reloads, %d without a look, %d refused, %d in part", steps, fast, refused, lacked)
 	if fast == 0 || refused == 0 {
 		t.Error("one kind never happened")
 	}

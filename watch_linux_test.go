@@ -149,20 +149,7 @@ func TestWatchIgnoresForgery(t *testing.T) {
 	gone.Type = unix.RTM_DELLINK
 	down.Body = slices.Clone(link.Body)
 	down.Body[8] &^= unix.IFF_UP
-	l.in(func() error {
-		s, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(s)
-		for _, port := range netlinkPorts(t) {
-			for _, m := range []rtnl.Message{gone, down} {
-				// To whom it may concern: not each of them is the watch's, and not each is read.
-				_ = unix.Sendto(s, encoded(m), unix.MSG_DONTWAIT, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: port})
-			}
-		}
-		return nil
-	})
+	l.forge(gone, down)
 	l.ip("link set tun0 mtu 1234")
 	l.want("events", l.events(d, EventChanged), "changed")
 	if s := d.State(); s.Index == 0 || !s.Up {
@@ -170,10 +157,29 @@ func TestWatchIgnoresForgery(t *testing.T) {
 	}
 }
 
+// forge sends messages of our own to all netlink sockets of this process.
+func (l *lab) forge(messages ...rtnl.Message) {
+	l.Helper()
+	l.in(func() error {
+		s, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(s)
+		for _, port := range netlinkPorts(l.T) {
+			for _, m := range messages {
+				// To whom it may concern: not each of them is the watch's or the follower's, and not each is read.
+				_ = unix.Sendto(s, encoded(m), unix.MSG_DONTWAIT, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: port})
+			}
+		}
+		return nil
+	})
+}
+
 // encoded is a message with its header.
 func encoded(m rtnl.Message) []byte {
 	n := uint32(16 + len(m.Body))
-	b := []byte{byte(n), byte(n >> 8), byte(n >> 16), byte(n >> 24), byte(m.Type), byte(m.Type >> 8), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+	b := []byte{byte(n), byte(n >> 8), byte(n >> 16), byte(n >> 24), byte(m.Type), byte(m.Type >> 8), byte(m.Flags), byte(m.Flags >> 8), 0, 0, 0, 0, 0, 0, 0, 0}
 	return append(b, m.Body...)
 }
 

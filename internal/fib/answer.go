@@ -3,6 +3,9 @@ package fib
 import (
 	"iter"
 	"net/netip"
+	"slices"
+
+	"github.com/gaissmai/bart"
 )
 
 // Answer is what the kernel does with packets to one prefix that it hands to our interface.
@@ -12,6 +15,7 @@ type Answer struct {
 	Metric uint32 // in force
 	Table  uint32
 	First  bool // no route of equal metric that we have installed ourselves stands before it
+	Over   bool // a route of this prefix that we have installed ourselves stands in a later table; the answer may be a shorter prefix's
 }
 
 // Changes yields, once, the prefixes whose answer may have changed since the last call, with the answer now. If the caller
@@ -39,11 +43,45 @@ func (t *Table) All() iter.Seq2[netip.Prefix, Answer] {
 		t.freshen()
 		for k := range t.heads {
 			a := t.answer(k)
-			if a.Kind != Absent && a.Table == t.cfg.Tables[k.table] && !yield(k.prefix(), a) {
+			if a.Kind != Absent && t.isFirst(k) && !yield(k.prefix(), a) {
+				return
+			}
+		}
+		for k := range t.beginnings() {
+			if a := t.answer(k); a.Kind != Absent && !yield(k.prefix(), a) {
 				return
 			}
 		}
 	}
+}
+
+// beginnings are where the destinations of rules begin and no table has a route.
+func (t *Table) beginnings() map[key]struct{} {
+	keys := make(map[key]struct{})
+	for family := range t.order {
+		for _, step := range t.order[family] {
+			k := keyOf(step.To, 0)
+			if last := k; step.To.IsValid() && t.cover[family] != nil {
+				last.table = uint16(len(t.cfg.Tables) - 1)
+				if t.heads[last] == 0 && t.isFirst(last) {
+					keys[k] = struct{}{}
+				}
+			}
+		}
+	}
+	return keys
+}
+
+// isFirst says whether none of the tables before that of k has its prefix.
+func (t *Table) isFirst(k key) bool {
+	for ; k.table > 0; k.table-- {
+		before := k
+		before.table--
+		if t.heads[before] != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // Answer returns the answer for one prefix, not for what is in it.
@@ -61,6 +99,9 @@ func (t *Table) answer(k key) Answer {
 		at := k
 		at.table = t.tables[step.Table]
 		if cover != nil {
+			if step.To.IsValid() && !covers(step.To, p) {
+				continue
+			}
 			q, ok := cover[at.table].LookupPrefixLPM(p)
 			if !ok {
 				continue
@@ -75,16 +116,27 @@ func (t *Table) answer(k key) Answer {
 		case passed:
 			thrown = thrown || at.bits == k.bits
 			continue
-		case at.bits != k.bits && !thrown:
-			return Answer{} // an earlier table answers for all of it
+		case at.bits != k.bits && !thrown && step.To != p:
+			// An earlier table answers for all of it. A shorter prefix's answer holds here, unless it is in our own route's way.
+			if a.Kind == Absent || !t.owns(k) {
+				return Answer{}
+			}
+			a.Table, a.First, a.Over = step.Table, true, true
+			return a
 		case a.Kind != Absent:
 			a.Table = step.Table
+			a.Over = cover != nil && t.owns(k) && !t.owned[k.family()][at.table].Get(p)
 			return a
 		case cover != nil:
 			return Answer{} // our own route
 		}
 	}
 	return Answer{}
+}
+
+// owns says whether some table has a route of our own for the prefix of k, which is in use.
+func (t *Table) owns(k key) bool {
+	return slices.ContainsFunc(t.owned[k.family()], func(prefixes *bart.Lite) bool { return prefixes.Get(k.prefix()) })
 }
 
 // best returns the first route of a chain that is in use and not ours; thrown: one that throws stands before all. In IPv6
@@ -140,36 +192,67 @@ func rank(pref uint8) int {
 	return 0
 }
 
-// touch notes that a prefix may have another answer; with several tables, also what it covers in the others.
+// touch notes that a prefix may have another answer; with several tables, also what follows from it in the others.
 func (t *Table) touch(k key) {
-	cover, table := t.cover[k.family()], k.table
+	family, table := k.family(), k.table
+	cover, owned, passing := t.cover[family], t.owned[family], t.passing[family]
 	k.table = 0
 	t.dirty[k] = struct{}{}
 	if cover == nil {
 		return
 	}
+	t.spreadTo(k)
 	k.table = table
-	live := false
-	for i := t.heads[k]; i != 0 && !live; i = t.entries.at(i).next {
+	_, passed := t.best(k)
+	live, own := false, false
+	for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
 		sh := &t.shapes.all[t.entries.at(i).shape]
-		live = sh.kind != Absent || sh.throw
+		live = live || sh.kind != Absent || sh.throw
+		own = own || sh.own && sh.kind != Absent
 	}
 	p := k.prefix()
-	if cover[table].Get(p) == live {
-		return
-	}
-	if live {
-		cover[table].Insert(p)
-	} else {
-		cover[table].Delete(p)
-	}
-	for other, prefixes := range cover {
-		if other != int(table) {
-			for q := range prefixes.Subnets(p) {
-				t.dirty[keyOf(q, 0)] = struct{}{}
-			}
+	put(owned[table], p, own)
+	spread := put(cover[table], p, live)
+	spread = put(passing[table], p, passed) || spread
+	for other := range cover {
+		t.spread(owned[other], p) // what it is counts where another table's answer may be that of a shorter prefix
+		t.spread(passing[other], p)
+		if spread && other != int(table) {
+			t.spread(cover[other], p)
 		}
 	}
+}
+
+// covers says whether a prefix has all of another.
+func covers(p, other netip.Prefix) bool { return p.Bits() <= other.Bits() && p.Contains(other.Addr()) }
+
+// spreadTo notes that where the destinations of a rule begin there may be another answer: that of the prefix of k, which has more.
+func (t *Table) spreadTo(k key) {
+	for _, step := range t.order[k.family()] {
+		if step.To.IsValid() && covers(k.prefix(), step.To) {
+			t.dirty[keyOf(step.To, 0)] = struct{}{}
+		}
+	}
+}
+
+// spread notes that what a prefix covers of a set may have another answer.
+func (t *Table) spread(set *bart.Lite, p netip.Prefix) {
+	for q := range set.Subnets(p) {
+		t.dirty[keyOf(q, 0)] = struct{}{}
+	}
+}
+
+// put puts a prefix into a set, or takes it out, and says whether that changed anything.
+func put(set *bart.Lite, p netip.Prefix, in bool) bool {
+	switch {
+	case set.Get(p) == in:
+		return false
+	case in:
+		set.Insert(p)
+	default:
+		set.Delete(p)
+	}
+	return true
 }
 
 // freshen finds the prefixes whose shapes have changed.
@@ -215,7 +298,13 @@ func (t *Table) SetOrder(is6 bool, steps []Step) {
 			kept = append(kept, step)
 		}
 	}
+	everywhere := keyOf(netip.PrefixFrom(netip.IPv4Unspecified(), 0), 0)
+	if is6 {
+		everywhere = keyOf(netip.PrefixFrom(netip.IPv6Unspecified(), 0), 0)
+	}
+	t.spreadTo(everywhere)
 	t.order[familyIndex(is6)] = kept
+	t.spreadTo(everywhere)
 	for k := range t.heads {
 		if k.is6 == is6 {
 			k.table = 0

@@ -21,7 +21,7 @@ func (t *Table) Apply(change kernel.Change, r *kernel.FIBRoute) {
 		e.close()
 		return
 	}
-	n, mine := t.admit(r, lo < hi)
+	n, mine := e.admit(lo, hi, r, change == kernel.Replaced || change == kernel.Created)
 	switch {
 	case n.shape == 0 && lo == hi:
 		return
@@ -42,13 +42,14 @@ func (t *Table) Apply(change kernel.Change, r *kernel.FIBRoute) {
 	t.leave(n.shape)
 }
 
-// admit returns the entry that a route would be, with a reference to its shape until leave; and whether it is one of
-// those that are kept. A stranger has a shape only if another route has the same.
-func (t *Table) admit(r *kernel.FIBRoute, grouped bool) (n entry, mine bool) {
+// admit returns the entry that a route would be in a group, with a reference to its shape until leave; and whether it is one of
+// those that are kept. A stranger has a shape only if another route has the same. replaces: others of the group go.
+func (e *edit) admit(lo, hi int, r *kernel.FIBRoute, replaces bool) (n entry, mine bool) {
+	t := e.t
 	n.metric = r.Metric
 	if t.concerns(r) {
 		n.shape = t.intern(r)
-	} else if grouped {
+	} else if lo < hi {
 		n.shape = t.shapes.find(r)
 	}
 	if n.shape == 0 {
@@ -57,11 +58,25 @@ func (t *Table) admit(r *kernel.FIBRoute, grouped bool) (n entry, mine bool) {
 	sh := &t.shapes.all[n.shape]
 	sh.refs++
 	mine = sh.mine
-	if mine && !sh.own && t.cfg.Max > 0 && t.learned >= t.cfg.Max {
+	if mine && !sh.own && t.full() && !e.inPlace(lo, hi, n.shape, replaces) {
 		t.refused++
+		t.unlearned = true
 		mine = false
 	}
 	return n, mine
+}
+
+func (t *Table) full() bool { return t.cfg.Max > 0 && t.learned >= t.cfg.Max }
+
+// inPlace says whether a group has a route already, or one that it takes the place of, so that they do not become more.
+func (e *edit) inPlace(lo, hi int, shape uint32, replaces bool) bool {
+	for i := lo; i < hi; i++ {
+		sh := e.shape(i)
+		if e.chain[i].shape == shape || sh.counts() && (replaces || sh.joins && e.shapeJoins(shape)) {
+			return true
+		}
+	}
+	return false
 }
 
 // leave gives back the reference that admit took.
@@ -77,7 +92,7 @@ func (t *Table) concerns(r *kernel.FIBRoute) bool {
 	legs := r.Legs
 	if r.NextHop != 0 {
 		legs = t.legsOf(r.NextHop, legs)
-	} else if r.Type != kernel.TypeUnicast {
+	} else if !carries(r) {
 		return throws(r)
 	}
 	for _, leg := range legs {

@@ -1,7 +1,10 @@
 package fib
 
 import (
+	"fmt"
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 
 	"example.com/overlay/internal/kernel"
@@ -65,6 +68,7 @@ func TestCases(t *testing.T) {
 		{"A20 covered in an earlier table", []string{"created 192.0.2.0/25 via 10.0.0.2", "created 192.0.2.0/24 table 100 via 10.0.0.3"}, "192.0.2.0/25", "absent"},
 		{"A20 no longer covered", []string{"created 192.0.2.0/25 via 10.0.0.2", "created 192.0.2.0/24 table 100 via 10.0.0.3", "deleted 192.0.2.0/24 table 100 via 10.0.0.3"}, "192.0.2.0/25", "10.0.0.2*1"},
 		{"throw uncovers the next table", []string{"created 192.0.2.0/24 via 10.0.0.2", "created 192.0.2.0/24 table 100 via 10.0.0.3", "created 192.0.2.0/25 table 100 type 9"}, "192.0.2.0/25", "10.0.0.2*1"},
+		{"what throw uncovers changes", []string{"created 192.0.2.0/24 via 10.0.0.2", "created 192.0.2.0/24 table 100 via 10.0.0.3", "created 192.0.2.0/25 table 100 type 9", "replaced 192.0.2.0/24 via 10.0.0.4"}, "192.0.2.0/25", "10.0.0.4*1"},
 		{"throw before our own", []string{"created 2001:db8::/64 via fd00::2", "created 2001:db8::/64 table 100 type 9", "prepended 2001:db8::/64 table 100 proto 111 on 7"}, "2001:db8::/64", "fd00::2*1"},
 		{"throw behind our own", []string{"created 2001:db8::/64 via fd00::2", "created 2001:db8::/64 table 100 proto 111 on 7", "prepended 2001:db8::/64 table 100 type 9"}, "2001:db8::/64", "absent"},
 		{"throw behind our own, lower metric", []string{"created 192.0.2.0/24 via 10.0.0.2", "created 192.0.2.0/24 table 100 metric 10 proto 111 on 7", "created 192.0.2.0/24 table 100 type 9"}, "192.0.2.0/24", "absent"},
@@ -156,8 +160,77 @@ func TestFirst(t *testing.T) {
 		for _, line := range test.hear {
 			apply(t, table, line)
 		}
+		if got, want := table.crowded, table.recount(); got != want {
+			t.Errorf("%s: strangers around %d routes, counted %d", test.name, want, got)
+		}
 		if a := table.Answer(netip.MustParsePrefix("192.0.2.0/24")); a.Kind != Via || a.First != test.want {
 			t.Errorf("%s: got %+v, want First %v", test.name, a, test.want)
+		}
+	}
+}
+
+// Over says that an earlier table answers where our own route stands, Changes tells whenever that changes, and All has it once.
+func TestOver(t *testing.T) {
+	own, earlier := "created 192.0.2.0/24 proto 111 on 7", "created 192.0.0.0/16 table 100 via 10.0.0.3"
+	tests := []struct {
+		name string
+		hear []string
+		want string
+	}{
+		{"none", []string{own}, "absent"},
+		{"shorter", []string{own, earlier}, "10.0.0.3*1"},
+		{"the other way round", []string{earlier, own}, "10.0.0.3*1"},
+		{"equal", []string{own, "created 192.0.2.0/24 table 100 metric 500 via 10.0.0.3"}, "10.0.0.3*1"},
+		{"replaced", []string{own, earlier, "replaced 192.0.0.0/16 table 100 via 10.0.0.4"}, "10.0.0.4*1"},
+		{"deleted", []string{own, earlier, "deleted 192.0.0.0/16 table 100 via 10.0.0.3"}, "absent"},
+		{"ours deleted", []string{own, earlier, "deleted 192.0.2.0/24 proto 111 on 7"}, "absent"},
+		{"through a nexthop object", []string{own, "nexthop 1 via 10.0.0.3", "created 192.0.0.0/16 table 100 nhid 1", "nexthop 1 via 10.0.0.4"}, "10.0.0.4*1"},
+		{"a later table", []string{"created 192.0.2.0/24 table 100 proto 111 on 7", "created 192.0.0.0/16 via 10.0.0.3"}, "absent"},
+	}
+	for _, test := range tests {
+		table := New(Config{Link: ourLink, Protocol: ourProto, Tables: []uint32{someTable, kernel.TableMain}})
+		p, told, all := netip.MustParsePrefix("192.0.2.0/24"), Answer{}, 0
+		for _, line := range test.hear {
+			apply(t, table, line)
+			for q, a := range table.Changes() {
+				if q == p {
+					told = a
+				}
+			}
+		}
+		for q := range table.All() {
+			if q == p {
+				all++
+			}
+		}
+		a := table.Answer(p)
+		if there := test.want != "absent"; a.String() != test.want || told != a || a.Over != there || there != (all == 1) || all > 1 {
+			t.Errorf("%s: got %v %+v, told %+v, %d times among all, want %s", test.name, a, a, told, all, test.want)
+		}
+	}
+}
+
+// Another interface's loss of routes matters where strangers stand around ours, or its nexthop objects are known.
+func TestDepends(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		hear []string
+		want bool
+	}{
+		{"ours alone", []string{"created 192.0.2.0/24 via 10.0.0.2"}, false},
+		{"a stranger's alone", []string{"created 192.0.2.0/24 via 10.0.1.2 dev 8"}, false},
+		{"a stranger's before", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8"}, true},
+		{"and gone again", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "deleted 192.0.2.0/24 via 10.0.1.2 dev 8"}, false},
+		{"ours gone", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "deleted 192.0.2.0/24 via 10.0.0.2"}, false},
+		{"its nexthop object", []string{"nexthop 1 via 10.0.1.2 dev 8"}, true},
+		{"ours", []string{"nexthop 1 via 10.0.0.2"}, false},
+	} {
+		table := New(Config{Link: ourLink, Protocol: ourProto})
+		for _, line := range test.hear {
+			apply(t, table, line)
+		}
+		if got := table.Depends(otherLink); got != test.want {
+			t.Errorf("%s: got %v", test.name, got)
 		}
 	}
 }
@@ -181,19 +254,68 @@ func TestMax(t *testing.T) {
 	}
 }
 
+// What is replaced, joined, or shown again by a dump makes no more of what has reached Max. Where room comes of it, or of a
+// deletion, what was refused is asked for.
+func TestMaxReached(t *testing.T) {
+	const prefix4, prefix6 = "192.0.2.0/24", "2001:db8::/64"
+	table := New(Config{Link: ourLink, Max: 2})
+	answers := func(want4, want6 string) {
+		t.Helper()
+		a4, a6 := table.Answer(netip.MustParsePrefix(prefix4)), table.Answer(netip.MustParsePrefix(prefix6))
+		if a4.String() != want4 || a6.String() != want6 || table.Learned() > 2 {
+			t.Errorf("learned %d, %v and %v, want %s and %s", table.Learned(), a4, a6, want4, want6)
+		}
+	}
+	dump := func(is6 bool, routes ...string) {
+		t.Helper()
+		table.Begin(is6, true)
+		for _, line := range routes {
+			r := parseRoute(t, strings.Fields(line))
+			table.Dumped(&r)
+		}
+		table.End(is6, true)
+	}
+	apply(t, table, "created "+prefix4+" via 10.0.0.2")
+	apply(t, table, "created "+prefix6+" via fd00::2")
+	apply(t, table, "replaced "+prefix4+" via 10.0.0.3")
+	answers("10.0.0.3*1", "fd00::2*1")
+	apply(t, table, "appended "+prefix6+" via fd00::2 via fd00::3")
+	answers("10.0.0.3*1", "fd00::2*1 fd00::3*1")
+	dump(false, prefix4+" via 10.0.0.3")
+	dump(true, prefix6+" via fd00::2 via fd00::3")
+	answers("10.0.0.3*1", "fd00::2*1 fd00::3*1")
+	if table.Refused() != 0 || table.ResyncNeeded() {
+		t.Errorf("refused %d; or a resync is wanted", table.Refused())
+	}
+	dump(false, prefix4+" via 10.0.0.4") // a replacement that went untold
+	answers("absent", "fd00::2*1 fd00::3*1")
+	if !table.ResyncNeeded() || table.ResyncNeeded() {
+		t.Error("there is room, and no resync is wanted once")
+	}
+	dump(false, prefix4+" via 10.0.0.4")
+	answers("10.0.0.4*1", "fd00::2*1 fd00::3*1")
+	apply(t, table, "created 192.0.3.0/24 via 10.0.0.2")
+	if table.ResyncNeeded() {
+		t.Error("a resync is wanted where there is no room")
+	}
+	apply(t, table, "deleted "+prefix6+" via fd00::2 via fd00::3")
+	if !table.ResyncNeeded() {
+		t.Error("there is room, and no resync is wanted")
+	}
+}
+
 // Rules give the order of the tables, and say which are looked at all (kernel.md A20).
 func TestOrder(t *testing.T) {
 	rules := []kernel.Rule{
 		{Priority: 32766, Table: 254, Lookup: true, Suppress: -1},
-		{Priority: 5, Table: 100, Lookup: true, Selective: true, Suppress: -1},
+		{Priority: 5, Table: 100, Lookup: true, Selective: true, Beside: true, Suppress: -1},
 		{Priority: 4, Table: 254, Lookup: true, Suppress: 0},
 		{Priority: 3, Table: 100, Suppress: -1},
 		{Priority: 2, Table: 77, Lookup: true, Suppress: -1},
 		{Priority: 1, Table: 100, Lookup: true, Suppress: -1, IPv6: true},
 	}
 	steps := Order(rules, false, []uint32{254, 100, 55})
-	want := []Step{{254, 0, false}, {100, -1, true}, {254, -1, false}}
-	if len(steps) != len(want) || steps[0] != want[0] || steps[1] != want[1] || steps[2] != want[2] {
+	if want := []Step{{Table: 254, Suppress: 0}, {Table: 254, Suppress: -1}, {Table: 100, Suppress: -1, Selective: true}}; !slices.Equal(steps, want) {
 		t.Fatalf("got %v, want %v", steps, want)
 	}
 	table := New(Config{Link: ourLink, Tables: []uint32{254, 100, 55}})
@@ -205,10 +327,74 @@ func TestOrder(t *testing.T) {
 		apply(t, table, line)
 	}
 	for prefix, want := range map[string]string{
-		"0.0.0.0/0": "10.0.0.3*1", "192.0.2.0/24": "10.0.0.2*1", "192.0.2.0/25": "absent", "198.51.100.0/24": "absent",
+		"0.0.0.0/0": "10.0.0.2*1", "192.0.2.0/24": "10.0.0.2*1", "192.0.2.0/25": "absent", "198.51.100.0/24": "absent",
 	} {
 		if a := table.Answer(netip.MustParsePrefix(prefix)); a.String() != want {
 			t.Errorf("%s: got %v, want %s", prefix, a, want)
 		}
 	}
+}
+
+// A rule may go on with a later one: what is between is not looked at.
+func TestOrderGoto(t *testing.T) {
+	look := func(priority, table uint32) kernel.Rule {
+		return kernel.Rule{Priority: priority, Table: table, Lookup: true, Suppress: -1}
+	}
+	jump := kernel.Rule{Priority: 1, Goto: 3, Suppress: -1}
+	marked := jump
+	marked.Selective, marked.Beside = true, true
+	nowhere := jump
+	nowhere.Goto = 7
+	for _, test := range []struct {
+		name string
+		rule kernel.Rule
+		want []Step
+	}{
+		{"over a table", jump, []Step{{Table: 254, Suppress: -1}, {Table: 77, Suppress: -1}}},
+		{"for other packets", marked, []Step{{Table: 100, Suppress: -1}, {Table: 254, Suppress: -1}, {Table: 77, Suppress: -1}}},
+		{"to no rule", nowhere, []Step{{Table: 100, Suppress: -1}, {Table: 254, Suppress: -1}, {Table: 77, Suppress: -1}}},
+	} {
+		rules := []kernel.Rule{look(4, 77), look(3, 254), {Priority: 3, IPv6: true}, look(2, 100), test.rule}
+		if got := Order(rules, false, []uint32{254, 100, 77}); !slices.Equal(got, test.want) {
+			t.Errorf("%s: got %v, want %v", test.name, got, test.want)
+		}
+	}
+}
+
+// A rule for some destinations counts for those: also where a shorter prefix of its table answers for them.
+func TestRuleTo(t *testing.T) {
+	to := netip.MustParsePrefix("192.0.2.0/24")
+	rules := []kernel.Rule{
+		{Priority: 1, Table: 100, Lookup: true, Suppress: -1, Selective: true, To: to}, {Priority: 2, Table: 254, Lookup: true, Suppress: -1},
+	}
+	table := New(Config{Link: ourLink, Tables: []uint32{100, 254}})
+	table.SetOrder(false, Order(rules, false, []uint32{100, 254}))
+	for range table.Changes() {
+	}
+	answers := func(want string) {
+		t.Helper()
+		got, changed := make(map[string]string), make(map[string]bool)
+		for p, a := range table.All() {
+			if _, twice := got[p.String()]; twice {
+				t.Errorf("%v twice", p)
+			}
+			got[p.String()] = a.String()
+		}
+		for p := range table.Changes() {
+			changed[p.String()] = true
+		}
+		if text := fmt.Sprint(got); text != want || !changed[to.String()] {
+			t.Errorf("got %s, want %s; %v told of: %v", text, want, to, changed[to.String()])
+		}
+	}
+	apply(t, table, "created 0.0.0.0/0 table 100 via 10.0.0.3")
+	answers("map[192.0.2.0/24:10.0.0.3*1]")
+	apply(t, table, "created 192.0.0.0/16 table 254 via 10.0.0.2")
+	apply(t, table, "created 192.0.2.0/25 table 254 via 10.0.0.2")
+	apply(t, table, "created 192.0.0.0/20 table 100 via 10.0.0.4")
+	answers("map[192.0.0.0/16:10.0.0.2*1 192.0.2.0/24:10.0.0.4*1]")
+	apply(t, table, "created 192.0.2.0/24 table 254 via 10.0.0.5")
+	answers("map[192.0.0.0/16:10.0.0.2*1 192.0.2.0/24:10.0.0.4*1]")
+	table.SetOrder(false, Order(rules[1:], false, []uint32{100, 254}))
+	answers("map[192.0.0.0/16:10.0.0.2*1 192.0.2.0/24:10.0.0.5*1 192.0.2.0/25:10.0.0.2*1]")
 }

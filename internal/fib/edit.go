@@ -8,18 +8,31 @@ type edit struct {
 	key     key
 	chain   []entry // in the kernel's order: by metric, then by place
 	slots   []uint32
+	crowded int // in the chain as it was read
 	changed bool
+	ask     bool // there may be routes that are not known
 }
 
 // open reads the chain of k.
 func (t *Table) open(k key) *edit {
 	e := &t.edit
-	e.key, e.changed = k, false
+	e.key, e.changed, e.ask = k, false, false
 	e.chain, e.slots = e.chain[:0], e.slots[:0]
 	for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
 		e.chain, e.slots = append(e.chain, *t.entries.at(i)), append(e.slots, i)
 	}
+	e.crowded = crowded(e.chain)
 	return e
+}
+
+// crowded counts the entries around which strangers are counted.
+func crowded(chain []entry) (n int) {
+	for i := range chain {
+		if chain[i].before > 0 || chain[i].after > 0 {
+			n++
+		}
+	}
+	return n
 }
 
 // close writes the chain back, without those that no longer lead through our interface (a nexthop object may have moved),
@@ -39,7 +52,8 @@ func (e *edit) close() {
 		t.entries.give(e.slots[len(e.slots)-1])
 		e.slots = e.slots[:len(e.slots)-1]
 	}
-	ask := false
+	t.crowded += crowded(e.chain) - e.crowded
+	ask := e.ask
 	for i := range e.chain {
 		c := &e.chain[i]
 		ask = ask || c.state&doubtful != 0

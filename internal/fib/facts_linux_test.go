@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"example.com/overlay/internal/kernel"
+	"example.com/overlay/internal/nstest/oracle"
 	"example.com/overlay/internal/rtnl"
 	"golang.org/x/sys/unix"
 )
@@ -14,7 +15,7 @@ import (
 // put adds a route written as for parseRoute, with ourLink and otherLink for the lab's devices.
 func (l *lab) put(t *testing.T, o op, text string) {
 	t.Helper()
-	l.do(t, routeMessage(unix.RTM_NEWROUTE, opFlags[o], l.parse(t, text)))
+	l.do(t, oracle.RouteMessage(unix.RTM_NEWROUTE, opFlags[o], l.parse(t, text)))
 }
 
 func (l *lab) parse(t *testing.T, text string) kernel.FIBRoute {
@@ -22,9 +23,9 @@ func (l *lab) parse(t *testing.T, text string) kernel.FIBRoute {
 	r := parseRoute(t, strings.Fields(text))
 	for i := range r.Legs {
 		if r.Legs[i].Link == ourLink {
-			r.Legs[i].Link = l.ours
+			r.Legs[i].Link = l.Ours
 		} else {
-			r.Legs[i].Link = l.other
+			r.Legs[i].Link = l.Other
 		}
 	}
 	return r
@@ -54,7 +55,7 @@ func TestKernelDumpLeavesOut(t *testing.T) {
 	}
 	l.hear(t)
 	l.resync(t, true)
-	l.do(t, routeMessage(unix.RTM_DELROUTE, 0, l.parse(t, "2001:db8::/64 via fd00::2")), routeMessage(unix.RTM_DELROUTE, 0, l.parse(t, "2001:db8::/64 via fd00::3")))
+	l.do(t, oracle.RouteMessage(unix.RTM_DELROUTE, 0, l.parse(t, "2001:db8::/64 via fd00::2")), oracle.RouteMessage(unix.RTM_DELROUTE, 0, l.parse(t, "2001:db8::/64 via fd00::3")))
 	l.quiet(t)
 	if a := l.t.Answer(netip.MustParsePrefix("2001:db8::/64")); a.Kind != OnLink {
 		t.Errorf("got %v, want on-link", a)
@@ -65,7 +66,7 @@ func TestKernelDumpLeavesOut(t *testing.T) {
 // ENETUNREACH when that is gone: see Settle.
 func TestKernelMatchThroughNextHop(t *testing.T) {
 	l := newLab(t)
-	l.do(t, nextHopMessage(unix.RTM_NEWNEXTHOP, kernel.NextHop{ID: 1, Leg: kernel.Leg{Gateway: netip.MustParseAddr("fd00::2"), Link: l.ours}}))
+	l.do(t, oracle.NextHopMessage(unix.RTM_NEWNEXTHOP, kernel.NextHop{ID: 1, Leg: kernel.Leg{Gateway: netip.MustParseAddr("fd00::2"), Link: l.Ours}}))
 	l.put(t, opCreate, "2001:db8:1::/64 nhid 1")
 	l.put(t, opCreate, "2001:db8:2::/64 nhid 1")
 	first, second := rtnl.MatchRoute(netip.MustParseAddr("2001:db8:1::1")), rtnl.MatchRoute(netip.MustParseAddr("2001:db8:2::1"))
@@ -80,9 +81,9 @@ func TestKernelMatchThroughNextHop(t *testing.T) {
 			wrong++
 		}
 	}
-	l.do(t, routeMessage(unix.RTM_DELROUTE, 0, l.parse(t, "2001:db8:1::/64 nhid 1")))
+	l.do(t, oracle.RouteMessage(unix.RTM_DELROUTE, 0, l.parse(t, "2001:db8:1::/64 nhid 1")))
 	for range 100 {
-		if errors.Is(l.ctl.Do(second)[0].Err, unix.ENETUNREACH) {
+		if errors.Is(l.Conn.Do(second)[0].Err, unix.ENETUNREACH) {
 			unreachable++
 		}
 	}

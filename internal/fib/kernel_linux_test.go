@@ -1,16 +1,15 @@
 package fib
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
-	"slices"
 	"testing"
 
 	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/nstest"
+	"example.com/overlay/internal/nstest/oracle"
 	"example.com/overlay/internal/rtnl"
 	"golang.org/x/sys/unix"
 )
@@ -18,26 +17,14 @@ import (
 // lab is a namespace with two TUN devices, a Table that follows one of them as the watch does, and the means to change the
 // kernel's routes.
 type lab struct {
-	ns          *nstest.NS
-	ctl         *rtnl.Conn
-	listener    *rtnl.Listener
-	t           *Table
-	ours, other int32
-	nextHops    map[uint32]kernel.NextHop // of the last dump: the oracle's own view
-	scratch     kernel.FIBRoute
-	log         []string
+	oracle.World
+	ns       *nstest.NS
+	listener *rtnl.Listener
+	t        *Table
+	scratch  kernel.FIBRoute
+	log      []string
 
 	heard, filtered, resyncs, asked int
-}
-
-// Networks and addresses of the lab. Gateways in the first two are overlay hosts.
-var (
-	net4, net6 = netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("fd00::/64")
-	own4, own6 = netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")
-)
-
-func labOverlay(a netip.Addr) bool {
-	return (net4.Contains(a) || net6.Contains(a)) && a != own4 && a != own6
 }
 
 const markerID = 1 << 30
@@ -45,12 +32,12 @@ const markerID = 1 << 30
 func newLab(t *testing.T, tables ...uint32) *lab {
 	t.Helper()
 	nstest.Require(t, nstest.NetAdmin, nstest.TUN, nstest.IPv6)
-	l := &lab{ns: nstest.New(t)}
+	l := &lab{ns: nstest.New(t), World: oracle.World{Protocol: ourProto, Tables: tables}}
 	l.ns.OtherTun(t, "ours")
 	l.ns.OtherTun(t, "other")
 	l.ns.Do(t, func() {
 		var err error
-		if l.ctl, err = rtnl.Dial(); err != nil {
+		if l.Conn, err = rtnl.Dial(); err != nil {
 			t.Fatal(err)
 		}
 		l.listener, err = rtnl.Listen(16<<20, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NEXTHOP)
@@ -58,8 +45,8 @@ func newLab(t *testing.T, tables ...uint32) *lab {
 			t.Fatal(err)
 		}
 	})
-	t.Cleanup(func() { l.ctl.Close(); l.listener.Close() })
-	for name, index := range map[string]*int32{"ours": &l.ours, "other": &l.other} {
+	t.Cleanup(func() { l.Conn.Close(); l.listener.Close() })
+	for name, index := range map[string]*int32{"ours": &l.Ours, "other": &l.Other} {
 		link, err := rtnl.DecodeLink(l.do(t, rtnl.GetLinkByName(name)).Answers[0])
 		if err != nil {
 			t.Fatal(err)
@@ -67,7 +54,7 @@ func newLab(t *testing.T, tables ...uint32) *lab {
 		*index = int32(link.Index)
 	}
 	l.addresses(t)
-	l.t = New(Config{Link: l.ours, Protocol: ourProto, Tables: tables, Overlay: labOverlay})
+	l.t = New(Config{Link: l.Ours, Protocol: ourProto, Tables: tables, Overlay: oracle.Overlay})
 	l.resync(t, true)
 	return l
 }
@@ -75,15 +62,17 @@ func newLab(t *testing.T, tables ...uint32) *lab {
 // addresses gives the devices theirs, if they have lost them.
 func (l *lab) addresses(t *testing.T) {
 	t.Helper()
-	for _, a := range []string{"10.0.0.1/24 dev ours", "10.0.1.1/24 dev other", "fd00::1/64 dev ours nodad", "fd01::1/64 dev other nodad"} {
-		l.ns.Run(t, "ip address replace "+a)
+	for _, dev := range []string{"ours", "other"} {
+		for _, a := range oracle.Addresses[dev] {
+			l.ns.Run(t, "ip address replace "+a.String()+" dev "+dev+" nodad")
+		}
 	}
 }
 
 // do carries out requests, each of which must succeed, and returns the last one's result.
 func (l *lab) do(t *testing.T, requests ...rtnl.Message) rtnl.Result {
 	t.Helper()
-	results := l.ctl.Do(requests...)
+	results := l.Conn.Do(requests...)
 	for i, r := range results {
 		if r.Err != nil {
 			t.Fatalf("request %d of %d: %v", i, len(results), r.Err)
@@ -105,7 +94,7 @@ func (l *lab) sysctl(t *testing.T, name, value string) {
 // hear feeds the Table with what has been announced up to now.
 func (l *lab) hear(t *testing.T) {
 	t.Helper()
-	l.do(t, nextHopMessage(unix.RTM_NEWNEXTHOP, kernel.NextHop{ID: markerID, Blackhole: true}), nextHopMessage(unix.RTM_DELNEXTHOP, kernel.NextHop{ID: markerID}))
+	l.do(t, oracle.NextHopMessage(unix.RTM_NEWNEXTHOP, kernel.NextHop{ID: markerID, Blackhole: true}), oracle.NextHopMessage(unix.RTM_DELNEXTHOP, kernel.NextHop{ID: markerID}))
 	for {
 		if err := l.listener.Wait(); err != nil {
 			t.Fatal(err)
@@ -145,7 +134,7 @@ func (l *lab) feed(t *testing.T, m rtnl.Message) {
 			l.t.SetNextHop(n)
 		}
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		if !rtnl.MayConcern(m, l.ours) {
+		if !rtnl.MayConcern(m, l.Ours) {
 			l.filtered++
 			return
 		}
@@ -161,9 +150,12 @@ func (l *lab) feed(t *testing.T, m rtnl.Message) {
 func (l *lab) resync(t *testing.T, quiet bool) {
 	t.Helper()
 	l.resyncs++
-	l.readNextHops(t)
 	var all []kernel.NextHop
-	for _, n := range l.nextHops {
+	for _, m := range l.dump(t, rtnl.GetNextHops()) {
+		n, err := rtnl.DecodeNextHop(m)
+		if err != nil {
+			t.Fatal(err)
+		}
 		all = append(all, n)
 	}
 	l.t.SetNextHops(all)
@@ -185,24 +177,11 @@ func (l *lab) resync(t *testing.T, quiet bool) {
 
 func (l *lab) dump(t *testing.T, request rtnl.Message) []rtnl.Message {
 	t.Helper()
-	messages, err := l.ctl.Dump(request)
+	messages, err := l.Conn.Dump(request)
 	if err != nil && !errors.Is(err, unix.ENOENT) { // a table without routes
 		t.Fatal(err)
 	}
 	return messages
-}
-
-// readNextHops notes all nexthop objects.
-func (l *lab) readNextHops(t *testing.T) {
-	t.Helper()
-	l.nextHops = make(map[uint32]kernel.NextHop)
-	for _, m := range l.dump(t, rtnl.GetNextHops()) {
-		n, err := rtnl.DecodeNextHop(m)
-		if err != nil {
-			t.Fatal(err)
-		}
-		l.nextHops[n.ID] = n
-	}
 }
 
 // quiet hears what was announced and settles what follows from it, as the watch does.
@@ -210,7 +189,7 @@ func (l *lab) quiet(t *testing.T) {
 	t.Helper()
 	l.hear(t)
 	for _, id := range l.t.MissingNextHops() {
-		if r := l.ctl.Do(rtnl.GetNextHop(id))[0]; r.Err == nil && len(r.Answers) == 1 {
+		if r := l.Conn.Do(rtnl.GetNextHop(id))[0]; r.Err == nil && len(r.Answers) == 1 {
 			l.feed(t, r.Answers[0])
 		}
 	}
@@ -241,7 +220,7 @@ func (l *lab) settle(t *testing.T, p netip.Prefix) {
 			return
 		}
 		l.asked++
-		result := l.ctl.Do(rtnl.MatchRoute(addr))[0]
+		result := l.Conn.Do(rtnl.MatchRoute(addr))[0]
 		l.log = append(l.log, fmt.Sprintf("asked about %v by %v: %v", p, addr, result.Err))
 		if errors.Is(result.Err, unix.ENETUNREACH) {
 			if after = l.t.Settle(p, addr, nil); !after.IsValid() {
@@ -274,107 +253,5 @@ func (l *lab) longest(dst netip.Addr) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-func attribute(b []byte, kind uint16, value []byte) []byte {
-	b = binary.NativeEndian.AppendUint16(b, uint16(4+len(value)))
-	b = binary.NativeEndian.AppendUint16(b, kind)
-	b = append(b, value...)
-	return append(b, make([]byte, (4-len(value)%4)%4)...)
-}
-
-func word(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
-
-func nextHopMessage(kind uint16, n kernel.NextHop) rtnl.Message {
-	b := make([]byte, 8)
-	switch {
-	case kind == unix.RTM_DELNEXTHOP:
-	case n.Gateway.Is6():
-		b[0] = unix.AF_INET6
-	case n.Gateway.Is4() || n.Blackhole || n.Link != 0:
-		b[0] = unix.AF_INET
-	}
-	b = attribute(b, unix.NHA_ID, word(n.ID))
-	if n.Link != 0 {
-		b = attribute(b, unix.NHA_OIF, word(uint32(n.Link)))
-	}
-	if n.Gateway.IsValid() {
-		b = attribute(b, unix.NHA_GATEWAY, n.Gateway.AsSlice())
-	}
-	if n.Blackhole {
-		b = attribute(b, unix.NHA_BLACKHOLE, nil)
-	}
-	if len(n.Group) > 0 {
-		var group []byte
-		for _, leg := range n.Group {
-			w := leg.Weight - 1
-			group = append(append(group, word(leg.ID)...), byte(w), byte(w>>8), 0, 0)
-		}
-		b = attribute(b, unix.NHA_GROUP, group)
-	}
-	return rtnl.Message{Type: kind, Flags: unix.NLM_F_CREATE | unix.NLM_F_REPLACE, Body: b}
-}
-
-// flags of a request by op.
-var opFlags = [...]uint16{
-	opCreate:  unix.NLM_F_CREATE | unix.NLM_F_EXCL,
-	opPrepend: unix.NLM_F_CREATE,
-	opAppend:  unix.NLM_F_CREATE | unix.NLM_F_APPEND,
-	opReplace: unix.NLM_F_CREATE | unix.NLM_F_REPLACE,
-}
-
-// routeMessage asks for a route. A deletion names what the route has.
-func routeMessage(kind, flags uint16, r kernel.FIBRoute) rtnl.Message {
-	h := make([]byte, unix.SizeofRtMsg)
-	h[0], h[1], h[3], h[5], h[7] = unix.AF_INET6, byte(r.Prefix.Bits()), r.TOS, r.Protocol, r.Type
-	if r.Prefix.Addr().Is4() {
-		h[0] = unix.AF_INET
-		switch {
-		case kind == unix.RTM_DELROUTE:
-			h[6] = unix.RT_SCOPE_NOWHERE
-		case len(r.Legs) > 0 && !slices.ContainsFunc(r.Legs, func(leg kernel.Leg) bool { return leg.Gateway.IsValid() }):
-			h[6] = unix.RT_SCOPE_LINK
-		}
-	}
-	b := attribute(h, unix.RTA_DST, r.Prefix.Addr().AsSlice())
-	b = attribute(attribute(b, unix.RTA_TABLE, word(r.Table)), unix.RTA_PRIORITY, word(r.Metric))
-	b = append(b, r.Detail...)
-	if r.Pref != 0 {
-		b = attribute(b, unix.RTA_PREF, []byte{r.Pref})
-	}
-	switch {
-	case r.NextHop != 0:
-		b = attribute(b, 30, word(r.NextHop))
-	case len(r.Legs) == 1:
-		leg := r.Legs[0]
-		b = gateway(attribute(b, unix.RTA_OIF, word(uint32(leg.Link))), h[0], leg.Gateway)
-		if !labOverlay(leg.Gateway) && leg.Gateway.IsValid() {
-			b[8] |= unix.RTNH_F_ONLINK
-		}
-	case len(r.Legs) > 1:
-		b = attribute(b, unix.RTA_MULTIPATH, legsAttribute(h[0], r.Legs))
-	}
-	return rtnl.Message{Type: kind, Flags: flags, Body: b}
-}
-
-func legsAttribute(family byte, legs []kernel.Leg) []byte {
-	var all []byte
-	for _, leg := range legs {
-		rest := gateway(nil, family, leg.Gateway)
-		flags := byte(0)
-		if !labOverlay(leg.Gateway) && leg.Gateway.IsValid() {
-			flags = unix.RTNH_F_ONLINK
-		}
-		all = binary.NativeEndian.AppendUint16(all, uint16(8+len(rest)))
-		all = append(append(append(all, flags, byte(leg.Weight-1)), word(uint32(leg.Link))...), rest...)
-	}
-	return all
-}
-
-func gateway(b []byte, family byte, a netip.Addr) []byte {
-	switch {
-	case !a.IsValid():
-		return b
-	case family == unix.AF_INET && a.Is6():
-		return attribute(b, unix.RTA_VIA, append(binary.NativeEndian.AppendUint16(nil, unix.AF_INET6), a.AsSlice()...))
-	}
-	return attribute(b, unix.RTA_GATEWAY, a.AsSlice())
-}
+// opFlags are the flags of a request by op.
+var opFlags = [...]uint16{opCreate: oracle.Create, opPrepend: oracle.Prepend, opAppend: oracle.Append, opReplace: oracle.Replace}

@@ -30,12 +30,13 @@ type world struct {
 	held   []func()
 	late   bool // announcements come when deliver is called
 	log    []string
+	told   map[netip.Prefix]Answer // by Changes
 	ops    int
 	probes int
 }
 
 func newWorld(pick func(n int) int) *world {
-	w := &world{m: newModel(), pick: pick}
+	w := &world{m: newModel(), pick: pick, told: make(map[netip.Prefix]Answer)}
 	w.t = New(Config{Link: ourLink, Protocol: ourProto, Tables: []uint32{someTable, kernel.TableMain}, Overlay: overlayOnly})
 	w.steps = w.t.order[0]
 	w.m.told = func(c kernel.Change, r kernel.FIBRoute) {

@@ -39,7 +39,7 @@ func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, b
 		addr = addr.Next() // the first may be an anycast address of our own
 	}
 	if after.IsValid() {
-		addr = behind(after)
+		addr = kernel.Behind(after)
 	}
 	for range tries {
 		if !addr.IsValid() || !prefix.Contains(addr) {
@@ -49,7 +49,7 @@ func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, b
 		if !ok || q.Bits() <= prefix.Bits() {
 			return addr, true
 		}
-		addr = behind(q)
+		addr = kernel.Behind(q)
 	}
 	return netip.Addr{}, false
 }
@@ -64,16 +64,6 @@ func (t *Table) Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.
 	}
 	p, _ := addr.Prefix(bits)
 	return p
-}
-
-// behind returns the address that follows the last of a prefix, the zero Addr if there is none.
-func behind(p netip.Prefix) netip.Addr {
-	b := p.Addr().AsSlice()
-	for i := p.Bits(); i < 8*len(b); i++ {
-		b[i/8] |= 0x80 >> (i % 8)
-	}
-	last, _ := netip.AddrFromSlice(b)
-	return last.Next()
 }
 
 // Settle takes the kernel's answer for addr, an address of a doubtful prefix; got is nil where it knows no route (ENETUNREACH;
@@ -105,6 +95,9 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		return hidden // it is not known which tables come before that
 	}
 	for _, step := range order {
+		if step.To.IsValid() && !step.To.Contains(addr) {
+			continue
+		}
 		k.table = t.tables[step.Table]
 		here := got != nil && got.Table == step.Table && int16(got.Prefix.Bits()) > step.Suppress
 		if step.Selective || int16(k.bits) <= step.Suppress {
@@ -215,7 +208,7 @@ func (e *edit) found(got *kernel.FIBRoute) {
 	before, _ := e.group(got.Metric)
 	e.absent(0, before)
 	lo, hi := e.group(got.Metric)
-	n, mine := e.t.admit(got, lo < hi)
+	n, mine := e.admit(lo, hi, got, false)
 	defer e.t.leave(n.shape)
 	if !mine {
 		for i := hi - 1; i >= lo; i-- {

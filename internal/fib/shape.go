@@ -146,6 +146,16 @@ func (sh *shape) counts() bool { return sh.mine && !sh.own }
 
 func throws(r *kernel.FIBRoute) bool { return r.Type == kernel.TypeThrow && r.NextHop == 0 }
 
+// carries says whether the kernel hands packets to the interface of a route of its own legs. Those of other types it takes
+// itself, drops or refuses.
+func carries(r *kernel.FIBRoute) bool {
+	switch r.Type {
+	case kernel.TypeUnicast, kernel.TypeBroadcast, kernel.TypeAnycast, kernel.TypeMulticast:
+		return true
+	}
+	return false
+}
+
 // release gives an entry's reference back.
 func (t *Table) release(i uint32, k key) {
 	sh := &t.shapes.all[i]
@@ -209,7 +219,7 @@ func (t *Table) derive(sh *shape) bool {
 	}
 	sh.mine, sh.kind = false, Absent
 	var gateways []Gateway
-	if sh.route.Type == kernel.TypeUnicast || sh.route.NextHop != 0 {
+	if carries(&sh.route) || sh.route.NextHop != 0 {
 		sh.mine, sh.kind, gateways = t.weigh(legs)
 	}
 	// A multipath of IPv6 may have legs of several protocols, of which a message tells one. What we install has no gateways.

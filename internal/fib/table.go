@@ -27,6 +27,8 @@ type Table struct {
 	memberOf map[uint32]map[uint32]struct{} // member to the groups it is in
 	order    [2][]Step                      // by family
 	cover    [2][]*bart.Lite                // what each table answers; nil: there is but one
+	owned    [2][]*bart.Lite                // where each has a route of our own that is in use; likewise
+	passing  [2][]*bart.Lite                // where the look-up goes on to the next table, because each throws there; likewise
 	windows  [2]window
 	edit     edit // of one chain at a time
 
@@ -39,7 +41,10 @@ type Table struct {
 
 	learned int
 	throws  int
+	crowded int // entries around which strangers are counted
 	refused uint64
+
+	unlearned bool // what was refused may be there still
 }
 
 // key is a prefix in a table. Its size is most of what a route costs.
@@ -101,9 +106,10 @@ func New(cfg Config) *Table {
 	}
 	if len(t.tables) > 1 {
 		for family := range t.cover {
-			t.cover[family] = make([]*bart.Lite, len(cfg.Tables))
-			for i := range t.cover[family] {
-				t.cover[family][i] = new(bart.Lite)
+			for range cfg.Tables {
+				t.cover[family] = append(t.cover[family], new(bart.Lite))
+				t.owned[family] = append(t.owned[family], new(bart.Lite))
+				t.passing[family] = append(t.passing[family], new(bart.Lite))
 			}
 		}
 	}
@@ -113,19 +119,38 @@ func New(cfg Config) *Table {
 // Learned is the number of routes through the interface that are not our own, whether they are in force or not.
 func (t *Table) Learned() int { return t.learned }
 
-// Refused counts the routes not learned because there were Max. Each stays unknown until a dump shows it again.
+// Refused counts the routes not learned because there were Max. Each stays unknown until a dump shows it again: once there is
+// room, ResyncNeeded says that one is wanted.
 func (t *Table) Refused() uint64 { return t.refused }
 
 // ResyncNeeded says, once, that neither announcements nor probes tell what routes there are now: a nexthop object has come to
-// our interface, and routes may have come with it untold (kernel.md A13), or a probe's answer was no answer (Settle).
+// our interface, and routes may have come with it untold (kernel.md A13), a probe's answer was no answer (Settle), or there is room
+// for routes that were refused.
 func (t *Table) ResyncNeeded() bool {
 	needed := t.resync
 	t.resync = false
+	if t.unlearned && !t.full() {
+		t.unlearned, needed = false, true
+	}
 	for k := range t.untold {
 		needed = needed || t.matters(k)
 	}
 	clear(t.untold)
 	return needed
+}
+
+// Depends says whether another interface's loss of its routes and nexthop objects, which the kernel does not announce (kernel.md
+// A7, A8, A14), changes what is known here: the places of our routes among others', or a nexthop object's legs.
+func (t *Table) Depends(link int32) bool {
+	if t.crowded > 0 {
+		return true
+	}
+	for _, n := range t.nextHops {
+		if n.Link == link {
+			return true
+		}
+	}
+	return false
 }
 
 // SetOverlay tells of changed networks or addresses.

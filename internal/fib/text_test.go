@@ -60,6 +60,11 @@ func parseRoute(t testing.TB, words []string) kernel.FIBRoute {
 			r.Pref = uint8(number(t, value))
 		case "source":
 			r.SourceLen = uint8(number(t, value))
+		case "expires":
+			r.Expires = int32(number(t, strings.TrimPrefix(value, "-")))
+			if value[0] == '-' {
+				r.Expires = -r.Expires
+			}
 		case "nhid":
 			r.NextHop = number(t, value)
 		case "flag":

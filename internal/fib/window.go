@@ -1,6 +1,10 @@
 package fib
 
-import "example.com/overlay/internal/kernel"
+import (
+	"net/netip"
+
+	"example.com/overlay/internal/kernel"
+)
 
 // window is the time of one family's dump.
 type window struct {
@@ -52,7 +56,7 @@ func (t *Table) Begin(is6, whole bool) {
 // Dumped takes one route of a dump, in the dump's order. It keeps nothing of r and may reorder its legs.
 func (t *Table) Dumped(r *kernel.FIBRoute) {
 	k, ok := t.follows(r)
-	if !ok {
+	if !ok || r.Expires < 0 { // the kernel lists it until it clears it away
 		return
 	}
 	w := &t.windows[k.family()]
@@ -68,7 +72,7 @@ func (t *Table) Dumped(r *kernel.FIBRoute) {
 	}
 	e := t.open(k)
 	lo, hi := e.group(r.Metric)
-	n, mine := t.admit(r, lo < hi)
+	n, mine := e.admit(lo, hi, r, false)
 	if mine {
 		if _, gone := w.gone[goneKey{k, r.Metric, t.shapes.all[n.shape].id}]; !gone {
 			e.show(lo, hi, n)
@@ -156,6 +160,33 @@ func (e *edit) excuse(lo, hi int) {
 }
 
 func (e *edit) shapeJoins(shape uint32) bool { return e.t.shapes.all[shape].joins }
+
+// Place is a prefix in a table.
+type Place struct {
+	Prefix netip.Prefix
+	Table  uint32
+}
+
+// Unseen returns up to most of the places where there are routes and an open resync has shown none until now, whichever.
+func (t *Table) Unseen(is6 bool, most int) (places []Place) {
+	w := &t.windows[familyIndex(is6)]
+	for k, i := range t.heads {
+		if k.is6 != is6 {
+			continue
+		}
+		seen := false
+		for ; i != 0 && !seen; i = t.entries.at(i).next {
+			c := t.entries.at(i)
+			seen = c.seen == w.number || c.state&excused != 0 // of these the dump tells nothing
+		}
+		if !seen {
+			if places = append(places, Place{k.prefix(), t.cfg.Tables[k.table]}); len(places) == most {
+				break
+			}
+		}
+	}
+	return places
+}
 
 // End closes a resync and returns how many routes it removed. quiet: the caller knows that no route of the family was
 // announced from before the dump began until it ended, to no socket (a filter hides announcements that spoil a dump too). Only

@@ -3,6 +3,7 @@ package fib
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -67,6 +68,29 @@ func TestDumpUnderChurn(t *testing.T) {
 func (w *world) steps4() {
 	for range w.pick(30) {
 		w.step()
+	}
+}
+
+// A dump lists what has expired, but the kernel uses it no more; its deletion is announced later.
+func TestExpired(t *testing.T) {
+	const prefix = "2001:db8::/64"
+	table := New(Config{Link: ourLink})
+	apply(t, table, "created "+prefix+" via fd00::2 expires 100")
+	for _, test := range []struct{ route, want string }{
+		{prefix + " via fd00::2 expires 1", "fd00::2*1"}, {prefix + " via fd00::2 expires -1", "absent"},
+	} {
+		table.Begin(true, true)
+		r := parseRoute(t, strings.Fields(test.route))
+		table.Dumped(&r)
+		table.End(true, true)
+		if a := table.Answer(netip.MustParsePrefix(prefix)); a.String() != test.want {
+			t.Errorf("%s: %v", test.route, a)
+		}
+	}
+	apply(t, table, "created "+prefix+" via fd00::3 expires 100")
+	apply(t, table, "deleted "+prefix+" via fd00::3 expires -1")
+	if a := table.Answer(netip.MustParsePrefix(prefix)); a.Kind != Absent {
+		t.Errorf("deleted: %v", a)
 	}
 }
 
@@ -157,6 +181,75 @@ func TestSettlePassed(t *testing.T) {
 		if a := table.Answer(p); a.String() != "fd00::3*1" {
 			t.Errorf("%s: got %v", test.name, a)
 		}
+	}
+}
+
+// An answer counts whatever rules for some destinations look at the same table before, or for other packets behind.
+func TestSettleAmongRules(t *testing.T) {
+	const prefix = "2001:db8::/64"
+	p := netip.MustParsePrefix(prefix)
+	here, elsewhere := netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("2001:db9::/32")
+	look := kernel.Rule{IPv6: true, Priority: 9, Table: kernel.TableMain, Lookup: true, Suppress: -1}
+	for _, to := range []netip.Prefix{here, elsewhere} {
+		first, marked := look, look
+		first.Priority, first.Selective, first.To = 1, true, to
+		marked.Table, marked.Selective, marked.Beside, marked.To = someTable, true, true, here
+		table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+		table.SetOrder(true, Order([]kernel.Rule{first, look, marked}, true, []uint32{someTable, kernel.TableMain}))
+		apply(t, table, "created "+prefix+" via fd00::2")
+		apply(t, table, "created "+prefix+" table 100 via fd00::4")
+		table.Begin(true, true)
+		table.End(true, false) // all is in doubt
+		got := parseRoute(t, []string{prefix, "via", "fd00::3"})
+		table.Settle(p, p.Addr(), &got)
+		if a := table.Answer(p); a.String() != "fd00::3*1" {
+			t.Errorf("a rule to %v: got %v", to, a)
+		}
+	}
+}
+
+// That no route answers says nothing of a table that the rules look at for other destinations, or other packets, only.
+func TestSettleBesideRules(t *testing.T) {
+	p, part := netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("2001:db8:1::/48")
+	look := kernel.Rule{IPv6: true, Priority: 9, Table: kernel.TableMain, Lookup: true, Suppress: -1}
+	for _, beside := range []bool{false, true} {
+		rule := look
+		rule.Priority, rule.Table, rule.Selective, rule.Beside, rule.To = 1, someTable, true, beside, part
+		if beside {
+			rule.To = p
+		}
+		table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+		table.SetOrder(true, Order([]kernel.Rule{rule, look}, true, []uint32{someTable, kernel.TableMain}))
+		apply(t, table, "created 2001:db8::/32 table 100 via fd00::4")
+		table.Begin(true, true)
+		table.End(true, false)
+		table.Settle(p, p.Addr(), nil)
+		if table.Doubtful() != 1 {
+			t.Errorf("for other packets %v: the route is gone, or no longer in doubt", beside)
+		}
+	}
+}
+
+// What the first dump left out between the legs of a multipath is asked about when that goes.
+func TestUnknownBehindMultipath(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/49")
+	table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+	table.Begin(true, true)
+	multipath := "2001:db8::/49 via fd00::4 via fd00::6"
+	got := parseRoute(t, strings.Fields(multipath))
+	table.Dumped(&got)
+	table.End(true, true)
+	if doubts := table.Doubts(false); len(doubts) != 0 {
+		t.Errorf("in doubt beforehand: %v", doubts)
+	}
+	apply(t, table, "deleted "+multipath)
+	if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+		t.Fatalf("in doubt: %v", doubts)
+	}
+	got = parseRoute(t, []string{"2001:db8::/49", "via", "fd00::3"})
+	table.Settle(p, p.Addr(), &got)
+	if a := table.Answer(p); a.String() != "fd00::3*1" || table.Doubtful() != 0 {
+		t.Errorf("got %v, %d in doubt", a, table.Doubtful())
 	}
 }
 

@@ -4,8 +4,11 @@ import "net/netip"
 
 // Types of routes (rtm_type) that a follower of the table must tell apart.
 const (
-	TypeUnicast = 1
-	TypeThrow   = 9
+	TypeUnicast   = 1
+	TypeBroadcast = 3
+	TypeAnycast   = 4
+	TypeMulticast = 5
+	TypeThrow     = 9
 )
 
 // ProtoRA is the rtm_protocol of what router advertisements bring.
@@ -22,6 +25,7 @@ type FIBRoute struct {
 	Type      uint8 // TypeUnicast, …
 	Protocol  uint8
 	Cloned    bool   // a cache entry, no route
+	Expires   int32  // IPv6: in how many hundredths of a second it goes out of use; 0: never; negative: it has
 	NextHop   uint32 // id of the nexthop object it leads through; 0: none, the legs are its own
 	Legs      []Leg
 	Detail    []byte // all else by which the kernel tells routes of one key apart: equal routes have equal bytes
@@ -66,7 +70,10 @@ type Rule struct {
 	IPv6      bool
 	Priority  uint32
 	Table     uint32
-	Lookup    bool  // it looks in Table; else it leads nowhere that is followed
-	Selective bool  // only for some packets: by source, destination, mark, TOS, interface, …
-	Suppress  int16 // matches with prefixes of this length or shorter do not count; -1: all count
+	Lookup    bool         // it looks in Table; else, without Goto, it leads nowhere that is followed
+	Goto      uint32       // it goes on with the first rule of this priority; 0: it does not
+	Selective bool         // only for some destinations, or Beside
+	Beside    bool         // not for what the host sends itself of TOS 0, no mark, an unspecified source and no interface
+	To        netip.Prefix // the destinations that it is for; not valid: all, or those that are not in a prefix
+	Suppress  int16        // matches with prefixes of this length or shorter do not count; -1: all count
 }

@@ -89,5 +89,19 @@ type Route struct {
 	MTU, MSS uint32     // 0: unset
 	Link     int        // index of the interface; 0: several or none
 	Plain    bool       // on-link, by one next hop, for any TOS and source
+	Object   bool       // by a nexthop object
 	Message  string     // the kernel's message, if the other fields do not say all
+}
+
+// Behind returns the address that follows the last of prefix; the zero Addr, which no prefix contains, if there is none.
+func Behind(prefix netip.Prefix) netip.Addr {
+	if !prefix.IsValid() {
+		return netip.Addr{}
+	}
+	b := prefix.Addr().AsSlice()
+	for i := prefix.Bits(); i < 8*len(b); i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	last, _ := netip.AddrFromSlice(b)
+	return last.Next()
 }

@@ -136,7 +136,11 @@ func decodeFIBAttribute(r *kernel.FIBRoute, dst *netip.Addr, leg *kernel.Leg, fa
 		r.Pref = value[0] & 3
 	case unix.RTA_MULTIPATH:
 		return decodeLegs(r, family, value)
-	case unix.RTA_CACHEINFO, unix.RTA_IIF, unix.RTA_MARK, unix.RTA_UID, unix.RTA_EXPIRES: // nothing that lasts
+	case unix.RTA_CACHEINFO:
+		if len(value) >= 12 && family == unix.AF_INET6 { // struct rta_cacheinfo: behind two other words
+			r.Expires = int32(binary.NativeEndian.Uint32(value[8:]))
+		}
+	case unix.RTA_IIF, unix.RTA_MARK, unix.RTA_UID, unix.RTA_EXPIRES: // nothing that lasts
 	case unix.RTA_METRICS, unix.RTA_PREFSRC:
 		// IPv6 tells no routes apart by them, and changes them untold when the device's MTU changes or the address goes
 		// (net/ipv6/route.c, rt6_mtu_change_route, rt6_remove_prefsrc).

@@ -92,6 +92,27 @@ func TestDecodeFIBRoute(t *testing.T) {
 	}
 }
 
+// Of a route's age only when it goes out of use is told, and only IPv6 has that.
+func TestDecodeExpires(t *testing.T) {
+	age := func(words ...any) []byte { return packed(words...) }
+	for _, test := range []struct {
+		family byte
+		age    []byte
+		want   int32
+	}{
+		{unix.AF_INET6, age(uint32(1), uint32(2), uint32(300), uint32(0)), 300},
+		{unix.AF_INET6, age(uint32(1), uint32(2), ^uint32(0)), -1},
+		{unix.AF_INET6, age(uint32(1), uint32(2)), 0},
+		{unix.AF_INET, age(uint32(1), uint32(2), uint32(300), uint32(0)), 0},
+	} {
+		r := kernel.FIBRoute{Expires: 7}
+		body := with(rtm(test.family, 0, 0, 0, 254, 3, 0, 1), unix.RTA_CACHEINFO, test.age)
+		if err := DecodeFIBRoute(newRoute(body), &r); err != nil || r.Expires != test.want {
+			t.Errorf("family %d, %x: %d, %v, want %d", test.family, test.age, r.Expires, err, test.want)
+		}
+	}
+}
+
 // Detail tells apart what the kernel tells apart, and nothing else.
 func TestDetail(t *testing.T) {
 	base := with(with(rtm(unix.AF_INET, 24, 0, 0, 254, 3, 0, 1), unix.RTA_DST, "192.0.2.0"), unix.RTA_OIF, uint32(7))
@@ -230,16 +251,26 @@ func TestDecodeRule(t *testing.T) {
 	tests := []struct {
 		name string
 		body []byte
-		want string // IPv6 priority table lookup selective suppress
+		want string // IPv6 priority table lookup goto selective beside to suppress
 	}{
-		{"main", with(plain, unix.FRA_PRIORITY, uint32(32766)), "{false 32766 254 true false -1}"},
-		{"IPv6, large table", with(with(head(unix.AF_INET6, 0, 0, 0, 0, 0, 0, ruleLookup), unix.FRA_TABLE, uint32(1000)), unix.FRA_SUPPRESS_PREFIXLEN, uint32(0)), "{true 0 1000 true false 0}"},
-		{"no suppression", with(plain, unix.FRA_SUPPRESS_PREFIXLEN, ^uint32(0)), "{false 0 254 true false -1}"},
-		{"mark", with(plain, unix.FRA_FWMARK, uint32(1)), "{false 0 254 true true -1}"},
-		{"interface", with(plain, unix.FRA_IIFNAME, []byte("lo\x00")), "{false 0 254 true true -1}"},
-		{"source", head(unix.AF_INET, 0, 8, 0, 254, 0, 0, ruleLookup), "{false 0 254 true true -1}"},
-		{"not", head(unix.AF_INET, 0, 0, 0, 254, 0, 0, ruleLookup, ruleInvert), "{false 0 254 true true -1}"},
-		{"blackhole", head(unix.AF_INET, 0, 0, 0, 0, 0, 0, 6), "{false 0 0 false false -1}"},
+		{"main", with(plain, unix.FRA_PRIORITY, uint32(32766)), "{false 32766 254 true 0 false false invalid Prefix -1}"},
+		{"IPv6, large table", with(with(head(unix.AF_INET6, 0, 0, 0, 0, 0, 0, ruleLookup), unix.FRA_TABLE, uint32(1000)), unix.FRA_SUPPRESS_PREFIXLEN, uint32(0)), "{true 0 1000 true 0 false false invalid Prefix 0}"},
+		{"no suppression", with(plain, unix.FRA_SUPPRESS_PREFIXLEN, ^uint32(0)), "{false 0 254 true 0 false false invalid Prefix -1}"},
+		{"mark", with(plain, unix.FRA_FWMARK, uint32(1)), "{false 0 254 true 0 true true invalid Prefix -1}"},
+		{"mark without the bits of a mask", with(with(plain, unix.FRA_FWMASK, uint32(0xff)), unix.FRA_FWMARK, uint32(0x100)), "{false 0 254 true 0 false false invalid Prefix -1}"},
+		{"mark of nothing", with(plain, unix.FRA_FWMASK, uint32(0xff)), "{false 0 254 true 0 false false invalid Prefix -1}"},
+		{"interface", with(plain, unix.FRA_IIFNAME, []byte("tun0\x00")), "{false 0 254 true 0 true true invalid Prefix -1}"},
+		{"the host's own", with(plain, unix.FRA_IIFNAME, []byte("lo\x00")), "{false 0 254 true 0 false false invalid Prefix -1}"},
+		{"source", head(unix.AF_INET, 0, 8, 0, 254, 0, 0, ruleLookup), "{false 0 254 true 0 true true invalid Prefix -1}"},
+		{"TOS", head(unix.AF_INET, 0, 0, 16, 254, 0, 0, ruleLookup), "{false 0 254 true 0 true true invalid Prefix -1}"},
+		{"DSCP 0", with(plain, fraDSCP, byte(0)), "{false 0 254 true 0 false false invalid Prefix -1}"},
+		{"destination", with(head(unix.AF_INET, 8, 0, 0, 254, 0, 0, ruleLookup), unix.FRA_DST, "10.0.0.0"), "{false 0 254 true 0 true false 10.0.0.0/8 -1}"},
+		{"not for any packet", head(unix.AF_INET, 0, 0, 0, 254, 0, 0, ruleLookup, ruleInvert), "{false 0 254 true 0 true true invalid Prefix -1}"},
+		{"not with a mark", with(head(unix.AF_INET, 0, 0, 0, 254, 0, 0, ruleLookup, ruleInvert), unix.FRA_FWMARK, uint32(1)), "{false 0 254 true 0 false false invalid Prefix -1}"},
+		{"not to a destination", with(head(unix.AF_INET, 8, 0, 0, 254, 0, 0, ruleLookup, ruleInvert), unix.FRA_DST, "10.0.0.0"), "{false 0 254 true 0 true false invalid Prefix -1}"},
+		{"to a destination, with a mark", with(head(unix.AF_INET, 8, 0, 0, 254, 0, 0, ruleLookup), unix.FRA_FWMARK, uint32(1)), "{false 0 254 true 0 true true invalid Prefix -1}"},
+		{"goto", with(head(unix.AF_INET, 0, 0, 0, 0, 0, 0, ruleGoto), unix.FRA_GOTO, uint32(99)), "{false 0 0 false 99 false false invalid Prefix -1}"},
+		{"blackhole", head(unix.AF_INET, 0, 0, 0, 0, 0, 0, 6), "{false 0 0 false 0 false false invalid Prefix -1}"},
 		{"another family", head(128, 0, 0, 0, 254, 0, 0, ruleLookup), "error"},
 		{"priority of another length", with(plain, unix.FRA_PRIORITY, uint16(1)), "error"},
 		{"short", plain[:11], "error"},

@@ -34,7 +34,7 @@ const (
 func (l *Listener) Ignore(port uint32) error { return l.attach(ignore(port)) }
 
 // OnlyConcerning is Ignore that also keeps away the routes of which MayConcern says no: those plainly through other interfaces
-// (kernel.md V26).
+// (kernel.md V26). Port 0 is the kernel's own: with it nothing is ignored.
 func (l *Listener) OnlyConcerning(index int, port uint32) error {
 	return l.attach(append(ignore(port), onlyConcerning(uint32(index))...))
 }
@@ -62,6 +62,9 @@ func (l *Listener) attach(program []unix.SockFilter) error {
 }
 
 func ignore(port uint32) []unix.SockFilter {
+	if port == 0 {
+		return nil
+	}
 	return []unix.SockFilter{load(unix.BPF_W, offsetPort), ifEqual(own32(port), toDrop, onward)}
 }
 

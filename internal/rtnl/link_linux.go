@@ -122,6 +122,36 @@ func DecodeLink(m Message) (kernel.Link, error) {
 	return l, nil
 }
 
+// LinkState is what of a link the kernel's use of its routes follows from.
+type LinkState struct {
+	Index, MTU  int
+	Up, Carrier bool
+}
+
+// DecodeLinkState is a quick DecodeLink; false: the message is not about a link as such, but about its place in a bridge or the
+// settings of a family.
+func DecodeLinkState(m Message) (s LinkState, ok bool) {
+	if len(m.Body) < unix.SizeofIfInfomsg || m.Body[0] != unix.AF_UNSPEC {
+		return s, false
+	}
+	flags := binary.NativeEndian.Uint32(m.Body[8:])
+	s = LinkState{
+		Index: int(int32(binary.NativeEndian.Uint32(m.Body[4:]))),
+		Up:    flags&unix.IFF_UP != 0, Carrier: flags&unix.IFF_LOWER_UP != 0,
+	}
+	for b := m.Body[unix.SizeofIfInfomsg:]; ; {
+		kind, value, rest, ok := nextAttribute(b)
+		if !ok {
+			return s, true
+		}
+		if kind == unix.IFLA_MTU {
+			v, _ := u32(value)
+			s.MTU = int(v)
+		}
+		b = rest
+	}
+}
+
 func decodeLinkInfo(l *kernel.Link, b []byte) {
 	for kind, value := range attributes(b) {
 		switch kind {

@@ -147,6 +147,19 @@ func PeekRoute(m Message) (prefix netip.Prefix, protocol uint8) {
 	return netip.PrefixFrom(dst, int(m.Body[1])), m.Body[5]
 }
 
+// PeekLink reads of a route message which interface it leads through; 0 for none or several.
+func PeekLink(m Message) int {
+	if len(m.Body) < unix.SizeofRtMsg {
+		return 0
+	}
+	for kind, value := range attributes(m.Body[unix.SizeofRtMsg:]) {
+		if kind == unix.RTA_OIF && len(value) >= 4 {
+			return int(binary.NativeEndian.Uint32(value))
+		}
+	}
+	return 0
+}
+
 // DecodeRoute reads an RTM_NEWROUTE or RTM_DELROUTE; false for what is no unicast route: local, multicast, blackhole,
 // cloned, …
 func DecodeRoute(m Message) (r kernel.Route, unicast bool, err error) {
@@ -174,7 +187,7 @@ func DecodeRoute(m Message) (r kernel.Route, unicast bool, err error) {
 		case unix.RTA_METRICS:
 			whole = decodeMetrics(&r, value) && whole
 		case unix.RTA_GATEWAY, unix.RTA_VIA, unix.RTA_MULTIPATH, rtaNHID:
-			r.Plain, whole = false, false
+			r.Plain, whole, r.Object = false, false, r.Object || kind == rtaNHID
 		case unix.RTA_PREF:
 			whole = whole && len(value) == 1 && value[0] == prefMedium
 		case unix.RTA_CACHEINFO: // ages and use counts

@@ -5,14 +5,19 @@ import (
 	"math/bits"
 )
 
-// sum returns the one's complement sum of b as 16-bit words in network order, an odd last byte padded with zero. It is 0 only
-// where every byte is. Sums add up, by fold, if each part but the last has an even length; the sum of a part that starts at an
-// odd offset goes in with its two bytes swapped.
+// sum returns the one's complement sum of b, at most 16 MiB, as 16-bit words in network order, an odd last byte padded with zero. It
+// is 0 only where every byte is. Sums add up, by fold, if each part but the last has an even length; the sum of a part that starts
+// at an odd offset goes in with its two bytes swapped.
 func sum(b []byte) uint16 {
 	// One's complement addition does not care about the order of bytes until the end (RFC 1071), nor about the width of the
-	// words: so the machine adds 64 bits at a time, little-endian, and the result is swapped once. Two sums at a time, because
-	// within one each addition waits for the carry of the one before.
+	// words: so the machine adds 64 bits at a time or more, little-endian, and the result is swapped once. In Go it is two sums at
+	// a time, because within one each addition waits for the carry of the one before.
 	var acc, other, carry uint64
+	if wide && len(b) >= 128 {
+		n := len(b) &^ 63
+		acc = sumBlocksAVX2(&b[0], n)
+		b = b[n:]
+	}
 	for len(b) >= 128 {
 		acc = addBlock(acc, (*[64]byte)(b))
 		other = addBlock(other, (*[64]byte)(b[64:]))
@@ -63,7 +68,7 @@ func tail(b []byte) (n uint64) {
 }
 
 // copySum copies all of src to dst, which is at least as long, and returns sum(src). One function, so that one pass may do both
-// some day: in Go today a copy by wide moves and a sum that finds it in the first cache take 58 ns for 1448 bytes, one pass 68.
+// some day: in Go a copy by wide moves and a sum that finds it in the first cache took 58 ns for 1448 bytes, one pass 68.
 func copySum(dst, src []byte) uint16 {
 	copy(dst, src)
 	return sum(src)

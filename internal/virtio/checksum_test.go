@@ -106,6 +106,16 @@ func TestSumCarries(t *testing.T) {
 	}
 }
 
+// TestSumNarrow is for processors without AVX2.
+func TestSumNarrow(t *testing.T) {
+	defer func(was bool) { wide = was }(wide)
+	wide = false
+	t.Run("lengths", TestSumLengthsAndAlignments)
+	t.Run("extremes", TestSumExtremes)
+	t.Run("long", TestSumLong)
+	t.Run("carries", TestSumCarries)
+}
+
 func TestSumOfChunks(t *testing.T) {
 	r := seeded(t)
 	for range 20_000 {
@@ -148,6 +158,15 @@ var sizes = []int{20, 64, 536, 1448, 9000, 65535}
 func BenchmarkSum(b *testing.B) {
 	for _, n := range sizes {
 		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			buf := make([]byte, n)
+			b.SetBytes(int64(n))
+			for b.Loop() {
+				sum(buf)
+			}
+		})
+		b.Run("narrow/"+strconv.Itoa(n), func(b *testing.B) {
+			defer func(was bool) { wide = was }(wide)
+			wide = false
 			buf := make([]byte, n)
 			b.SetBytes(int64(n))
 			for b.Loop() {

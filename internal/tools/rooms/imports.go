@@ -20,6 +20,7 @@ const (
 	netlink = "github.com/vishvananda/netlink"
 	netns   = "github.com/vishvananda/netns"
 	unix    = "golang.org/x/sys/unix"
+	cpu     = "golang.org/x/sys/cpu" // what the processor can do
 )
 
 // The rooms, as globs below the root of the module. A file that is named nowhere is in a pure room.
@@ -78,9 +79,9 @@ func lists(root string, std []string) depguard.LinterSettings {
 			pureAllow = append(pureAllow, pkg+"$")
 		}
 	}
-	pureAllow = append(pureAllow, bart, module+"/internal/")
+	pureAllow = append(pureAllow, bart, cpu, module+"/internal/")
 
-	actingAllow := []string{bart, unix, netlink, netns, module + "/internal/", module + "/internal/rtnl", module + "/internal/netns"}
+	actingAllow := []string{bart, cpu, unix, netlink, netns, module + "/internal/", module + "/internal/rtnl", module + "/internal/netns"}
 	for _, pkg := range std {
 		actingAllow = append(actingAllow, pkg+"$")
 	}
