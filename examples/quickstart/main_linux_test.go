@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"example.com/overlay/examples/internal/stage"
 	"example.com/overlay/internal/nstest"
 
 	"github.com/vishvananda/netlink"
@@ -95,10 +96,10 @@ func TestInterruptedRun(t *testing.T) {
 			begin := time.Now()
 			var out bytes.Buffer
 			err := run(ctx, options{hosts: 3, duration: time.Minute}, &out)
-			if !interrupted(err) {
+			if !stage.Interrupted(err) {
 				t.Errorf("run, cancelled after %v: %v, want nothing but the interruption\n%s", after, err, &out)
 			}
-			if took := time.Since(begin); took > after+patience {
+			if took := time.Since(begin); took > after+stage.Patience {
 				t.Errorf("run, cancelled after %v, took %v", after, took)
 			}
 		})
@@ -296,15 +297,5 @@ func TestCheck(t *testing.T) {
 		if err := l.check(r); err == nil || err.Error() != want {
 			t.Errorf("check: %v, want %q", err, want)
 		}
-	}
-}
-
-func TestWriteTable(t *testing.T) {
-	var out strings.Builder
-	writeTable(&out, []column{{title: "NAME"}, {title: "RTT", right: true}, {title: "LAST"}},
-		[][]string{{"a", "7 µs", "x"}, {"longer", "12 µs", ""}})
-	const want = "NAME      RTT  LAST\na        7 µs  x\nlonger  12 µs\n"
-	if out.String() != want {
-		t.Errorf("table:\n%s\nwant:\n%s", out.String(), want)
 	}
 }

@@ -15,6 +15,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"example.com/overlay/examples/internal/stage"
 )
 
 const (
@@ -101,7 +103,7 @@ func newPinger(from *host, family int) (*pinger, error) {
 	if addr.Is6() {
 		p, network = &pinger{ipv6: true, request: 128, reply: 129}, "ip6:ipv6-icmp"
 	}
-	err := from.ns.do(func() (err error) {
+	err := from.ns.Do(func() (err error) {
 		p.conn, err = net.ListenIP(network, &net.IPAddr{IP: addr.AsSlice()})
 		return err
 	})
@@ -127,7 +129,7 @@ func (p *pinger) ping(ctx context.Context, to netip.Addr, n int) ([]time.Duratio
 
 // echo sends one request and waits for its reply.
 func (p *pinger) echo(ctx context.Context, to netip.Addr) (time.Duration, error) {
-	defer limit(ctx, patience, p.conn)()
+	defer stage.Limit(ctx, stage.Patience, p.conn)()
 	p.sequence++
 	packet := make([]byte, 64)
 	packet[0] = p.request
@@ -149,17 +151,6 @@ func (p *pinger) echo(ctx context.Context, to netip.Addr) (time.Duration, error)
 			return time.Since(start), nil
 		}
 	}
-}
-
-// limit makes whatever waits on the connections give up after d, or when ctx ends. The function that it returns releases ctx.
-func limit(ctx context.Context, d time.Duration, conns ...net.Conn) (release func() bool) {
-	set := func(t time.Time) {
-		for _, c := range conns {
-			_ = c.SetDeadline(t) // it fails only if c is closed, and then nobody waits
-		}
-	}
-	set(time.Now().Add(d))
-	return context.AfterFunc(ctx, func() { set(time.Now()) })
 }
 
 // checksum is the Internet checksum of data of even length.
@@ -186,21 +177,17 @@ func (l *lab) steer(ctx context.Context, results []result) (err error) {
 	}()
 	for i, gateway := range l.gateways() {
 		for _, prefix := range shared {
-			var s *net.UDPConn
-			err := gateway.ns.do(func() (err error) {
-				s, err = net.ListenUDP("udp", udpAddr(prefix.Addr()))
-				return err
-			})
+			s, err := gateway.ns.ListenUDP(netip.AddrPortFrom(prefix.Addr(), port))
 			if err != nil {
 				return fmt.Errorf("serve on %s: %w", gateway.name, err)
 			}
 			servers = append(servers, s)
-			serving.Go(func() { answer(s, byte(i)) })
+			serving.Go(func() { stage.Answer(s, byte(i)) })
 		}
 	}
 	for i, client := range l.clients() {
 		for family, prefix := range shared {
-			err := client.ns.do(func() error { return ask(ctx, prefix.Addr(), &results[i].chosen[family]) })
+			err := client.ns.Do(func() error { return ask(ctx, prefix.Addr(), &results[i].chosen[family]) })
 			if err != nil {
 				return fmt.Errorf("%s flows from %s to %v: %w", families[family], client.name, prefix.Addr(), err)
 			}
@@ -209,27 +196,10 @@ func (l *lab) steer(ctx context.Context, results []result) (err error) {
 	return nil
 }
 
-func udpAddr(addr netip.Addr) *net.UDPAddr {
-	return net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, port))
-}
-
-// answer tells everybody who asks the number of the gateway, until the socket is closed.
-func answer(s *net.UDPConn, number byte) {
-	for buffer := make([]byte, 64); ; {
-		_, from, err := s.ReadFromUDPAddrPort(buffer)
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err == nil {
-			_, _ = s.WriteToUDPAddrPort([]byte{number}, from) // if it fails, the client misses the answer
-		}
-	}
-}
-
 // ask starts flows, each from a port of its own, and counts which gateway answers. It runs in the client's namespace.
 func ask(ctx context.Context, addr netip.Addr, chosen *[len(weights)]int) error {
 	for i := range flows {
-		gateway, err := askOnce(ctx, addr)
+		gateway, err := stage.Ask(ctx, netip.AddrPortFrom(addr, port))
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
@@ -241,21 +211,6 @@ func ask(ctx context.Context, addr netip.Addr, chosen *[len(weights)]int) error 
 		chosen[gateway]++
 	}
 	return nil
-}
-
-func askOnce(ctx context.Context, addr netip.Addr) (gateway int, err error) {
-	conn, err := net.DialUDP("udp", nil, udpAddr(addr))
-	if err != nil {
-		return 0, err
-	}
-	defer conn.Close()
-	defer limit(ctx, patience, conn)()
-	if _, err := conn.Write([]byte("who?")); err != nil {
-		return 0, err
-	}
-	var number [1]byte
-	_, err = conn.Read(number[:])
-	return int(number[0]), err
 }
 
 // stream moves TCP from each host to the next, in turn, for d altogether.
@@ -276,7 +231,7 @@ func stream(ctx context.Context, from, to *host, d time.Duration, r *result) err
 	}
 	defer in.Close()
 	defer out.Close()
-	defer limit(ctx, d+patience, out, in)()
+	defer stage.Limit(ctx, d+stage.Patience, out, in)()
 
 	start := time.Now()
 	var sent int64
@@ -301,7 +256,7 @@ func stream(ctx context.Context, from, to *host, d time.Duration, r *result) err
 // connect opens a connection between two hosts and returns both ends.
 func connect(ctx context.Context, from, to *host) (out, in *net.TCPConn, err error) {
 	var listener *net.TCPListener
-	err = to.ns.do(func() (err error) {
+	err = to.ns.Do(func() (err error) {
 		listener, err = net.ListenTCP("tcp", &net.TCPAddr{IP: to.networks[0].Addr().AsSlice()})
 		return err
 	})
@@ -309,11 +264,11 @@ func connect(ctx context.Context, from, to *host) (out, in *net.TCPConn, err err
 		return nil, nil, err
 	}
 	defer listener.Close()
-	if err := listener.SetDeadline(time.Now().Add(patience)); err != nil {
+	if err := listener.SetDeadline(time.Now().Add(stage.Patience)); err != nil {
 		return nil, nil, err
 	}
-	err = from.ns.do(func() error {
-		dialer := &net.Dialer{Timeout: patience}
+	err = from.ns.Do(func() error {
+		dialer := &net.Dialer{Timeout: stage.Patience}
 		conn, err := dialer.DialContext(ctx, "tcp", listener.Addr().String())
 		if err == nil {
 			out = conn.(*net.TCPConn)

@@ -5,53 +5,23 @@ package main
 import (
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"time"
-	"unicode/utf8"
+
+	"example.com/overlay/examples/internal/stage"
 )
-
-// column is a title and how the cells below are aligned.
-type column struct {
-	title string
-	right bool
-}
-
-// writeTable writes rows below their titles, each column as wide as its widest cell.
-func writeTable(w io.Writer, columns []column, rows [][]string) {
-	titles := make([]string, len(columns))
-	widths := make([]int, len(columns))
-	for i, c := range columns {
-		titles[i] = c.title
-		for _, row := range append(rows[:len(rows):len(rows)], titles) {
-			widths[i] = max(widths[i], utf8.RuneCountInString(row[i]))
-		}
-	}
-	for _, row := range slices.Insert(slices.Clone(rows), 0, titles) {
-		var line strings.Builder
-		for i, cell := range row {
-			pad := strings.Repeat(" ", widths[i]-utf8.RuneCountInString(cell))
-			if columns[i].right {
-				line.WriteString(pad + cell + "  ")
-			} else {
-				line.WriteString(cell + pad + "  ")
-			}
-		}
-		fmt.Fprintln(w, strings.TrimRight(line.String(), " "))
-	}
-}
 
 // report writes a line for each host.
 func (l *lab) report(w io.Writer, results []result) {
-	columns := []column{
-		{title: "HOST"},
-		{title: "ADDRESSES"},
-		{title: "DEVICE"},
-		{title: "RTT IPv4", right: true},
-		{title: "RTT IPv6", right: true},
-		{title: "LOSS", right: true},
-		{title: "Gbit/s", right: true},
-		{title: "GATEWAY CHOSEN"},
+	columns := []stage.Column{
+		{Title: "HOST"},
+		{Title: "ADDRESSES"},
+		{Title: "DEVICE"},
+		{Title: "RTT IPv4", Right: true},
+		{Title: "RTT IPv6", Right: true},
+		{Title: "LOSS", Right: true},
+		{Title: "Gbit/s", Right: true},
+		{Title: "GATEWAY CHOSEN"},
 	}
 	var rows [][]string
 	for i, h := range l.hosts {
@@ -66,7 +36,7 @@ func (l *lab) report(w io.Writer, results []result) {
 			l.formatGateways(i, r),
 		})
 	}
-	writeTable(w, columns, rows)
+	stage.WriteTable(w, columns, rows)
 }
 
 func formatRTT(d time.Duration) string {
