@@ -53,6 +53,7 @@ cross:
 		export GOOS=$${p%/*} GOARCH=$${p#*/}; \
 		$(LIGHT) go build ./...; \
 		$(LIGHT) go vet ./...; \
+		case $$p in darwin/arm64|linux/386) for m in $(NESTED); do echo "  $$m"; $(LIGHT) go build -C $$m -o /dev/null ./...; $(LIGHT) go vet -C $$m ./...; done;; esac; \
 	done
 
 tidy:
@@ -65,11 +66,13 @@ test: ## all tests with the race detector; more of them as root
 	go test -race ./...
 
 fuzz: ## every fuzz target in the tree for FUZZTIME each (10s)
-	@targets=$$(go test -list '^Fuzz' ./... | awk '/^Fuzz/ { name[n++] = $$1 } /^ok/ { for (i = 0; i < n; i++) print $$2, name[i]; n = 0 }'); \
+	@targets=$$(for m in . $(NESTED); do \
+		go test -C $$m -list '^Fuzz' ./... | awk -v m=$$m '/^Fuzz/ { name[n++] = $$1 } /^ok/ { for (i = 0; i < n; i++) print m, $$2, name[i]; n = 0 }'; \
+	done); \
 	test -n "$$targets" || { echo 'no fuzz target found'; exit 1; }; \
-	while read -r package name; do \
+	while read -r module package name; do \
 		echo "$$package $$name"; \
-		once() { go test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x "$$package" < /dev/null 2>&1 | tee /dev/stderr; }; \
+		once() { go test -C $$module -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x "$$package" < /dev/null 2>&1 | tee /dev/stderr; }; \
 		out=$$(once) || { \
 			grep -q 'context deadline exceeded' <<< "$$out" && ! grep -q 'Failing input' <<< "$$out" || exit 1; \
 			echo 'the end of the time came in between two inputs, which go test takes for a failure (go.dev/issue/75804): again'; \
