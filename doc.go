@@ -94,9 +94,8 @@
 //
 // The tables count in the order in which the rules look at them; one that only rules for other packets name (of a mark, a source,
 // an interface) comes after those. What is not followed: suppress_ifgroup; goto, or not, with a destination; and where a route of an
-// earlier table throws, the Routes of Config that are shorter than it. An IPv6 route between the legs of others' multipath route of its
-// metric, which no list of the kernel's shows, may be unknown until five minutes after that went. Of more kernel routes than
-// SystemRoutes.Max the first are followed, the others as there is room; that is an EventDegraded.
+// earlier table throws, the Routes of Config that are shorter than it. Of more kernel routes than SystemRoutes.Max the first are
+// followed, the others as there is room; that is an EventDegraded.
 //
 // # Privileges
 //

@@ -98,7 +98,7 @@ func (f *follower) start(d *tunDevice, c *Config) {
 	f.mu.Unlock()
 	f.layer = newLearned(c, d.index, &d.tree.pool)
 	f.done = make(chan struct{})
-	run := &following{follower: f, device: d, tables: c.SystemRoutes.tables(), pending: errBegin}
+	run := &following{follower: f, device: d, tables: c.SystemRoutes.tables(), pending: errBegin, others: make(linkStates)}
 	if err := run.listen(c.SystemRoutes.readBuffer()); err != nil {
 		run.deafen(err)
 	}
@@ -215,10 +215,11 @@ type following struct {
 	lost      bool           // announcements
 	deaf      bool           // there are none any more
 	link      rtnl.LinkState // as last announced
-	pending   error          // reason for a resync
-	failures  int            // of resyncs, in succession
-	since     time.Time      // of the reason
-	rested    time.Time      // not before
+	others    linkStates
+	pending   error     // reason for a resync
+	failures  int       // of resyncs, in succession
+	since     time.Time // of the reason
+	rested    time.Time // not before
 	audit     time.Time
 	expiry    time.Time // of the route that goes out of use next; zero: none does
 	published time.Time
@@ -431,24 +432,6 @@ func (f *following) apply(m rtnl.Message) {
 		return
 	}
 	f.dirty = true
-}
-
-// applyLink takes note of a link that came, went or changed: routes and nexthop objects go with it, untold (kernel.md A7, B7, V15).
-// Of other interfaces' only those count that are known here; with the tree's lock.
-func (f *following) applyLink(m rtnl.Message) {
-	link, ok := rtnl.DecodeLinkState(m)
-	switch {
-	case !ok:
-	case link.Index == f.device.index:
-		if m.Type == unix.RTM_NEWLINK && link != f.link {
-			f.link = link
-			f.look(errLink)
-		}
-	case m.Type == unix.RTM_DELLINK || !link.Up:
-		if f.layer.table.Depends(int32(link.Index)) {
-			f.look(errLink)
-		}
-	}
 }
 
 func familyIndex(family uint8) int {

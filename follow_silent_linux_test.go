@@ -16,6 +16,11 @@ type silentCase struct {
 	addr, was, want     string
 }
 
+// firstLegElsewhere makes an IPv6 multipath whose first leg leads through another interface, and between its legs a route that
+// answers while that leg is dead.
+const firstLegElsewhere = "-6 route add fd09::/64 via fd41::9 dev other0 onlink metric 50\n-6 route append fd09::/64 dev DEV metric 50\n" +
+	"-6 route append fd09::/64 via fd42::9 dev DEV metric 50"
+
 // What follows untold from what befalls links, addresses, nexthop objects and settings, RoutesFor says within a second, without
 // healing: nobody else may bring it to light.
 func TestFollowUntold(t *testing.T) {
@@ -49,6 +54,8 @@ func TestFollowUntold(t *testing.T) {
 			"another link's last address takes what stood before", "route add 10.9.0.0/16 via 10.42.0.9\nroute prepend 10.9.0.0/16 via 10.1.0.9",
 			"addr del 10.1.0.1/24 dev other0\nroute replace 10.9.0.0/16 via 10.42.0.10\nroute del 10.9.0.0/16 via 10.42.0.10", "10.9.1.1", "10.42.0.9", "none",
 		},
+		{"another link's down, of which the first leg is", firstLegElsewhere, "link set other0 down", "fd09::1", "fd42::9", "on-link"},
+		{"another link's up, of which the first leg is", firstLegElsewhere + "\nlink set other0 down", "link set other0 up", "fd09::1", "on-link", "fd42::9"},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(newLab(t)) })
 	}
@@ -114,6 +121,31 @@ func TestFollowExpiresWhatIsThere(t *testing.T) {
 	d.follower.resync(errLink)
 	l.event(d, EventResynced)
 	l.wantRoute(d, "fd09::1", "fd42::9")
+}
+
+// What no dump shows, because it stands between the legs of another interface's multipath, is learned when that goes, and what
+// stands behind a stranger there, when that goes too.
+func TestFollowBehindStrangers(t *testing.T) {
+	const strangers = "route add fd09::/64 via fd41::9 dev other0 onlink metric 50\nroute append unreachable fd09::/64 metric 50\n" +
+		"route append fd09::/64 dev p0 metric 50\nroute append fd09::/64 via fd41::10 dev other0 onlink metric 50"
+	for name, lines := range map[string]string{
+		"leg by leg":    "route del fd09::/64 via fd41::9 dev other0 metric 50\nroute del fd09::/64 via fd41::10 dev other0 metric 50",
+		"all at once":   "route del fd09::/64 proto boot metric 50",
+		"the link down": "link set other0 down",
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t)
+			l.ns.OtherTun(l, "other0", "10.1.0.1/24")
+			l.ip("tuntap add p0 mode tun\naddr add fd42::1/64 dev p0 nodad\nlink set p0 up\n" + strangers)
+			d := l.active(Config{Name: "p0", Mode: Attach, Networks: prefixes("fd42::1/64"), SystemRoutes: &SystemRoutes{}, NoHeal: true})
+			l.event(d, EventResynced)
+			l.ip(lines)
+			l.ip("route del unreachable fd09::/64 metric 50")
+			if took := l.wantRoute(d, "fd09::1", "on-link"); took > leeway*time.Second {
+				t.Errorf("after %v", took)
+			}
+		})
+	}
 }
 
 // What a Reload installs counts in the kernel's order: a route that stands behind ours is not in force.

@@ -207,6 +207,37 @@ func (f *following) expires(r *kernel.FIBRoute) {
 	}
 }
 
+// applyLink takes note of a link that came, went or changed: routes and nexthop objects go with it, untold (kernel.md A7, B7, V15).
+// Of other interfaces' only those count that are known here; with the tree's lock.
+func (f *following) applyLink(m rtnl.Message) {
+	link, ok := rtnl.DecodeLinkState(m)
+	switch {
+	case !ok:
+	case link.Index == f.device.index:
+		if m.Type == unix.RTM_NEWLINK && link != f.link {
+			f.link = link
+			f.look(errLink)
+		}
+	case f.others.differs(m.Type, link) && f.layer.table.Depends(int32(link.Index)):
+		f.look(errLink)
+	}
+}
+
+// linkStates are other interfaces' links as last announced.
+type linkStates map[int]rtnl.LinkState
+
+// differs takes note of a link, and says whether its routes may have gone or come into use again: it came, went, or went up or down.
+func (s linkStates) differs(kind uint16, link rtnl.LinkState) bool {
+	if kind == unix.RTM_DELLINK {
+		delete(s, link.Index)
+		return true
+	}
+	link.MTU = 0 // which is no reason
+	was, known := s[link.Index]
+	s[link.Index] = link
+	return !known || was != link
+}
+
 var errShort = errors.New("the kernel's list leaves out routes that are there")
 
 // short says whether a dump, in which all was quiet, left out what is there: the kernel ends the list of a table, and says that it

@@ -10,10 +10,12 @@ func (t *Table) Apply(change kernel.Change, r *kernel.FIBRoute) {
 		return
 	}
 	t.windows[k.family()].quiet = false
-	if _, known := t.heads[k]; !known && change == kernel.Deleted {
+	_, veiled := t.veils.prefixes[k]
+	if _, known := t.heads[k]; !known && !veiled && change == kernel.Deleted {
 		return
 	}
 	e := t.open(k)
+	e.ask, e.changed = veiled, veiled
 	lo, hi := e.group(r.Metric)
 	if change == kernel.Deleted {
 		e.delete(lo, hi, r)
@@ -24,6 +26,7 @@ func (t *Table) Apply(change kernel.Change, r *kernel.FIBRoute) {
 	n, mine := e.admit(lo, hi, r, change == kernel.Replaced || change == kernel.Created)
 	switch {
 	case n.shape == 0 && lo == hi:
+		e.close()
 		return
 	case mine:
 		t.windows[k.family()].back(k, r.Metric, t.shapes.all[n.shape].id)

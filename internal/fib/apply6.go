@@ -158,7 +158,10 @@ func (e *edit) part(lo, hi int, r *kernel.FIBRoute) {
 		e.doubt(at, at+1) // none of those that are known
 		return
 	case len(rest.Legs) == 0:
-		e.ask = e.chain[at].state&moreAfter != 0 // what a dump left out behind its first leg may be ours, and shows now
+		if e.chain[at].state&moreAfter != 0 { // what a dump left out behind its first leg may be ours, and shows now
+			e.ask = true
+			e.t.veils.add(e.key, e.t.windows[1].number, nil)
+		}
 		e.remove(at)
 		return
 	}

@@ -222,6 +222,9 @@ func TestDepends(t *testing.T) {
 		{"a stranger's before", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8"}, true},
 		{"and gone again", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "deleted 192.0.2.0/24 via 10.0.1.2 dev 8"}, false},
 		{"ours gone", []string{"created 192.0.2.0/24 via 10.0.0.2", "prepended 192.0.2.0/24 via 10.0.1.2 dev 8", "deleted 192.0.2.0/24 via 10.0.0.2"}, false},
+		{"a leg of our multipath", []string{"created 2001:db8::/64 via fd00::2 via fd01::2 dev 8"}, false},
+		{"a leg of our multipath, and another route", []string{"created 2001:db8::/64 via fd00::2 via fd01::2 dev 8", "appended 2001:db8::/64 on 7"}, true},
+		{"a leg of our multipath, and another metric", []string{"created 2001:db8::/64 via fd00::2 via fd01::2 dev 8", "created 2001:db8::/64 on 7 metric 60"}, false},
 		{"its nexthop object", []string{"nexthop 1 via 10.0.1.2 dev 8"}, true},
 		{"ours", []string{"nexthop 1 via 10.0.0.2"}, false},
 	} {

@@ -67,7 +67,7 @@ func (w *world) longest(dst netip.Addr) (netip.Prefix, bool) {
 func (w *world) check(t testing.TB, exact bool) {
 	t.Helper()
 	if got, want := w.t.crowded, w.t.recount(); got != want {
-		t.Fatalf("strangers around %d routes, counted %d", want, got)
+		t.Fatalf("the place of %d routes depends on others' links, counted %d", want, got)
 	}
 	for p, a := range w.t.Changes() {
 		w.told[p] = a
@@ -147,8 +147,15 @@ func (w *world) covered(dst netip.Addr) bool {
 // recount is how many entries there are around which strangers are counted.
 func (t *Table) recount() (n int) {
 	for _, i := range t.heads {
+		chain := make(map[uint32]int) // by metric
+		for at := i; at != 0; at = t.entries.at(at).next {
+			chain[t.entries.at(at).metric]++
+		}
 		for ; i != 0; i = t.entries.at(i).next {
-			if c := t.entries.at(i); c.before > 0 || c.after > 0 {
+			c := t.entries.at(i)
+			sh := &t.shapes.all[c.shape]
+			elsewhere := sh.joins && slices.ContainsFunc(sh.route.Legs, func(leg kernel.Leg) bool { return leg.Link != t.cfg.Link })
+			if c.before > 0 || c.after > 0 || elsewhere && (c.state&moreAfter != 0 || chain[c.metric] > 1) {
 				n++
 			}
 		}

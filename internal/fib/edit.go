@@ -21,18 +21,25 @@ func (t *Table) open(k key) *edit {
 	for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
 		e.chain, e.slots = append(e.chain, *t.entries.at(i)), append(e.slots, i)
 	}
-	e.crowded = crowded(e.chain)
+	e.crowded = e.countCrowded()
 	return e
 }
 
-// crowded counts the entries around which strangers are counted.
-func crowded(chain []entry) (n int) {
-	for i := range chain {
-		if chain[i].before > 0 || chain[i].after > 0 {
+// countCrowded counts the entries around which strangers are counted, and the multipaths that others share and that stand with other
+// routes: an IPv6 multipath stands where its first leg stands that is in use.
+func (e *edit) countCrowded() (n int) {
+	for i := range e.chain {
+		c := &e.chain[i]
+		if c.before > 0 || c.after > 0 || e.shape(i).mixed && (c.state&moreAfter != 0 || e.among(i)) {
 			n++
 		}
 	}
 	return n
+}
+
+// among says whether the route at i has others of its metric beside it.
+func (e *edit) among(i int) bool {
+	return i > 0 && e.chain[i-1].metric == e.chain[i].metric || i+1 < len(e.chain) && e.chain[i+1].metric == e.chain[i].metric
 }
 
 // close writes the chain back, without those that no longer lead through our interface (a nexthop object may have moved),
@@ -52,7 +59,7 @@ func (e *edit) close() {
 		t.entries.give(e.slots[len(e.slots)-1])
 		e.slots = e.slots[:len(e.slots)-1]
 	}
-	t.crowded += crowded(e.chain) - e.crowded
+	t.crowded += e.countCrowded() - e.crowded
 	ask := e.ask
 	for i := range e.chain {
 		c := &e.chain[i]

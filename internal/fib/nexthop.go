@@ -65,7 +65,7 @@ func (t *Table) resolve(id uint32, used bool) {
 	case !n.Blackhole && n.Link != 0:
 		n.legs = []kernel.Leg{n.Leg}
 	}
-	if used && !t.through(was) && t.through(n.legs) {
+	if used && !t.throughUs(was) && t.throughUs(n.legs) {
 		t.resync = true
 	}
 	for shape := range t.shapes.byNextHop[id] {
@@ -75,8 +75,33 @@ func (t *Table) resolve(id uint32, used bool) {
 	}
 }
 
-func (t *Table) through(legs []kernel.Leg) bool {
+func (t *Table) throughUs(legs []kernel.Leg) bool {
 	return slices.ContainsFunc(legs, func(leg kernel.Leg) bool { return leg.Link == t.cfg.Link })
+}
+
+// allOurs says whether a nexthop object is known, and all its legs lead through our interface.
+func (t *Table) allOurs(id uint32) bool {
+	n := t.nextHops[id]
+	elsewhere := func(leg kernel.Leg) bool { return leg.Link != t.cfg.Link }
+	return n != nil && len(n.legs) > 0 && !slices.ContainsFunc(n.legs, elsewhere)
+}
+
+// share says whether two nexthop objects are one, or groups, or a group and a member, with one in common.
+func (t *Table) share(a, b uint32) bool {
+	return slices.ContainsFunc(t.membersOf(a), func(id uint32) bool { return slices.Contains(t.membersOf(b), id) })
+}
+
+// membersOf are a group's members; of another object itself.
+func (t *Table) membersOf(id uint32) []uint32 {
+	n := t.nextHops[id]
+	if n == nil || len(n.Group) == 0 {
+		return []uint32{id}
+	}
+	members := make([]uint32, len(n.Group))
+	for i := range n.Group {
+		members[i] = n.Group[i].ID
+	}
+	return members
 }
 
 // legsOf returns the legs of routes through an object; told, what a message said of them, if the object is not known.

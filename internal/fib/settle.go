@@ -74,7 +74,9 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 	if got != nil && (got.Prefix.Addr().Is6() != k.is6 || !got.Prefix.IsValid()) {
 		return hidden
 	}
-	if k.is6 && (got == nil && len(t.nextHops) > 0 || got != nil && got.NextHop != 0) {
+	if sole, certain := t.through(got, addr); certain {
+		got = &sole
+	} else if k.is6 && (got == nil && len(t.nextHops) > 0 || got != nil && got.NextHop != 0) {
 		// IPv6 routes through one nexthop object share its cached entries, which tell of the route that was used first
 		// (net/ipv6/route.c, rt6_get_pcpu_route): prefix, table, metric, even the group are not those of the match. When
 		// that route is gone the kernel answers ENETUNREACH, and goes on to forward.
@@ -115,6 +117,9 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 			e.found(got)
 		case !thrown:
 			e.absent(0, len(e.chain))
+			if len(e.chain) == 0 {
+				delete(t.veils.prefixes, k) // what nothing answers for hides nothing
+			}
 		case q == prefix:
 			e.passed()
 		case !longer:
@@ -130,6 +135,33 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		}
 	}
 	return hidden
+}
+
+// through returns which route an IPv6 answer through a nexthop object can be about, whatever else it says, if that is certain: of the
+// routes around addr only one leads through the object, or through a group that shares a leg with it. All of its legs must be ours,
+// so that no stranger's route does.
+func (t *Table) through(got *kernel.FIBRoute, addr netip.Addr) (sole kernel.FIBRoute, certain bool) {
+	if got == nil || got.NextHop == 0 || !addr.Is6() || !t.allOurs(got.NextHop) {
+		return sole, false
+	}
+	for bits := addr.BitLen(); bits >= 0; bits-- {
+		p, _ := addr.Prefix(bits)
+		for index, table := range t.cfg.Tables {
+			for i := t.heads[keyOf(p, uint16(index))]; i != 0; i = t.entries.at(i).next {
+				c := t.entries.at(i)
+				r := t.shapes.all[c.shape].route
+				switch {
+				case r.NextHop == 0 || !t.share(r.NextHop, got.NextHop):
+				case certain:
+					return sole, false
+				default:
+					sole, certain = r, true
+					sole.Prefix, sole.Table, sole.Metric = p, table, c.metric
+				}
+			}
+		}
+	}
+	return sole, certain
 }
 
 // matters says whether the answer for a prefix is itself doubtful.

@@ -16,6 +16,7 @@ type shape struct {
 	route kernel.FIBRoute // no key
 	is6   bool
 	joins bool // IPv6: routes like this, of one metric, are one multipath
+	mixed bool // that joins, and has legs through other interfaces beside ours
 	users map[key]uint32
 
 	// Derived from the route, the nexthop objects and the Config.
@@ -100,6 +101,7 @@ func (t *Table) intern(r *kernel.FIBRoute) uint32 {
 		Legs: slices.Clone(r.Legs), Detail: slices.Clone(r.Detail),
 	}
 	sh.joins = joins(r)
+	sh.mixed = sh.joins && slices.ContainsFunc(r.Legs, func(leg kernel.Leg) bool { return leg.Link != t.cfg.Link })
 	s.byID[sh.id] = i
 	if r.NextHop != 0 {
 		sh.users = make(map[key]uint32)

@@ -37,11 +37,12 @@ type Table struct {
 	stale   map[uint32]bool  // shapes whose answer changed for all that have them
 	missing map[uint32]bool  // ids of nexthop objects that routes have and nobody told of
 	untold  map[key]struct{} // prefixes of which no probe tells
+	veils   veils
 	resync  bool
 
 	learned int
 	throws  int
-	crowded int // entries around which strangers are counted
+	crowded int // entries whose place others' links decide
 	refused uint64
 
 	unlearned bool // what was refused may be there still
@@ -92,6 +93,7 @@ func New(cfg Config) *Table {
 		stale:    make(map[uint32]bool),
 		missing:  make(map[uint32]bool),
 		untold:   make(map[key]struct{}),
+		veils:    veils{make(map[key]uint8), make(map[int32]uint8)},
 	}
 	t.shapes.init()
 	t.edit.t = t
@@ -139,10 +141,11 @@ func (t *Table) ResyncNeeded() bool {
 	return needed
 }
 
-// Depends says whether another interface's loss of its routes and nexthop objects, which the kernel does not announce (kernel.md
-// A7, A8, A14), changes what is known here: the places of our routes among others', or a nexthop object's legs.
+// Depends says whether another interface's loss of its routes and nexthop objects, or that it goes up or down, which the kernel
+// does not announce of routes (kernel.md A7, A8, A14), changes what is known here: the places of our routes among others', a nexthop
+// object's legs, or what a multipath of the interface hides.
 func (t *Table) Depends(link int32) bool {
-	if t.crowded > 0 {
+	if _, veiled := t.veils.links[link]; veiled || t.crowded > 0 {
 		return true
 	}
 	for _, n := range t.nextHops {

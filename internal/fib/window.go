@@ -1,6 +1,7 @@
 package fib
 
 import (
+	"maps"
 	"net/netip"
 
 	"example.com/overlay/internal/kernel"
@@ -65,6 +66,9 @@ func (t *Table) Dumped(r *kernel.FIBRoute) {
 	}
 	if w.last.key != k || w.last.metric != r.Metric {
 		w.last = pending{key: k, metric: r.Metric}
+	}
+	if !t.concerns(r) && k.is6 && joins(r) && len(r.Legs) > 1 {
+		t.veils.add(k, w.number, r.Legs)
 	}
 	if _, known := t.heads[k]; !known && !t.concerns(r) {
 		w.last.count = add(w.last.count, 1)
@@ -159,6 +163,28 @@ func (e *edit) excuse(lo, hi int) {
 	}
 }
 
+// veils are where routes may be that no dump shows, because they stand between the legs of an IPv6 multipath: whatever is announced
+// there, the kernel is asked what it answers now. That is so of strangers' multipaths alone, and where one of ours has gone;
+// what one of ours hides its own entry says.
+type veils struct {
+	prefixes map[key]uint8   // by the number of the dump that showed it last
+	links    map[int32]uint8 // of the legs, likewise
+}
+
+func (v *veils) add(k key, number uint8, legs []kernel.Leg) {
+	v.prefixes[k] = number
+	for _, leg := range legs {
+		v.links[leg.Link] = number
+	}
+}
+
+// sweep takes away what a dump has not shown.
+func (v *veils) sweep(number uint8) {
+	old := func(seen uint8) bool { return seen != number }
+	maps.DeleteFunc(v.prefixes, func(_ key, seen uint8) bool { return old(seen) })
+	maps.DeleteFunc(v.links, func(_ int32, seen uint8) bool { return old(seen) })
+}
+
 func (e *edit) shapeJoins(shape uint32) bool { return e.t.shapes.all[shape].joins }
 
 // Place is a prefix in a table.
@@ -211,6 +237,9 @@ func (t *Table) End(is6, quiet bool) (removed int) {
 		if unseen {
 			removed += t.open(k).sweep(w.number, quiet)
 		}
+	}
+	if is6 && quiet && w.whole {
+		t.veils.sweep(w.number)
 	}
 	w.open = false
 	clear(w.gone)
