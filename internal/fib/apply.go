@@ -181,6 +181,7 @@ func (e *edit) replace4(lo, hi int, n entry) {
 		e.doubt(lo+1, lo+2)
 	default:
 		e.note(lo)
+		e.anyOf(lo, hi, lo)
 		if e.t.windows[e.key.family()].open {
 			// Announcements that are older than the dump may tell of the replacement of one that is no longer there.
 			e.insert(lo, n)
@@ -235,6 +236,8 @@ func (e *edit) taken(lo, hi, i int, byNextHop bool) {
 	case e.t.windows[e.key.family()].open:
 		c.before = 1
 		e.doubt(i, i+1)
+	case e.anyOf(lo, hi, i):
+		e.chain[lo].state |= moreBefore
 	default:
 		c.before = 1
 		e.note(i)

@@ -54,11 +54,12 @@ func (e *edit) replace6(lo, hi int, n entry) {
 		n.state = moreBefore | moreAfter
 		e.insert(lo, n)
 	case sh.joins && at >= 0:
-		e.note(at)
-		e.swap(at, n.shape)
 		if hi-lo == 1 {
 			e.settle(at)
 		}
+		e.anyOf(lo, hi, at)
+		e.note(at)
+		e.swap(at, n.shape)
 	case same >= 0 && sh.route.NextHop != 0:
 		// Either the nexthop object changed, or the first was replaced by an equal of one that stands behind.
 		e.settle(same)
@@ -74,13 +75,16 @@ func (e *edit) replace6(lo, hi int, n entry) {
 		at = max(at, lo)
 		if same >= 0 && same != at {
 			e.remove(same)
-			at -= btoi(same < at)
+			at, hi = at-btoi(same < at), hi-1
 			e.chain[at].state |= twin
 		}
 		e.note(at)
+		unsure := e.anyOf(lo, hi, at)
 		twice := e.chain[at].state & twin
 		e.swap(at, n.shape)
-		e.settle(at)
+		if !unsure {
+			e.settle(at)
+		}
 		e.chain[at].state |= twice
 	}
 }
@@ -120,6 +124,7 @@ func (e *edit) stranger6(lo, hi int, change kernel.Change, r *kernel.FIBRoute, s
 	at := e.first6(lo, hi, joins(r))
 	switch {
 	case joins(r) && at >= 0: // no leg of the multipath is ours any more
+		e.anyOf(lo, hi, at)
 		e.note(at)
 		e.chain[at].before = add(e.chain[at].before, 1)
 		e.remove(at)

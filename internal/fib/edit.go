@@ -173,6 +173,16 @@ func (e *edit) doubt(lo, hi int) {
 	}
 }
 
+// anyOf says whether another route of a group may have been replaced than the one at i, which is the one by the kernel's rules: that is
+// so where it may be gone. Then all are in doubt.
+func (e *edit) anyOf(lo, hi, i int) bool {
+	unsure := e.chain[i].state&doubtful != 0 && hi-lo > 1
+	if unsure {
+		e.doubt(lo, hi)
+	}
+	return unsure
+}
+
 // strangers says whether others' routes stand, or may stand, in a group.
 func (e *edit) strangers(lo, hi int) bool {
 	for _, c := range e.chain[lo:hi] {

@@ -484,3 +484,33 @@ func TestSettleThroughNextHop(t *testing.T) {
 		}
 	}
 }
+
+// What seems to have been replaced may have gone before: then it was another (net/ipv6/ip6_fib.c, fib6_add_rt2node).
+func TestReplacedInstead(t *testing.T) {
+	for _, test := range []struct{ name, dumped, lines, asked, then, want string }{
+		{
+			"a multipath that was replaced by a route that the kernel prefers", "2001:db8::/64 via fd01::6 dev 8 via fd00::5", "replaced 2001:db8::/64 on 7 pref 1", "2001:db8::/64 on 7 pref 1",
+			"replaced 2001:db8::/64 via fd01::3 dev 8 via fd00::3", "fd00::3*1",
+		},
+	} {
+		table := New(Config{Link: ourLink})
+		table.Begin(true, true)
+		r := parseRoute(t, strings.Fields(test.dumped))
+		p := r.Prefix
+		table.Dumped(&r)
+		table.End(true, true)
+		apply(t, table, test.lines)
+		got := parseRoute(t, strings.Fields(test.asked))
+		table.Settle(p, p.Addr().Next(), &got)
+		apply(t, table, test.then)
+		_, answer, _ := strings.Cut(test.then, " ")
+		if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+			t.Errorf("%s: in doubt: %v", test.name, doubts)
+		}
+		got = parseRoute(t, strings.Fields(answer))
+		table.Settle(p, p.Addr().Next(), &got)
+		if a := table.Answer(p); a.String() != test.want {
+			t.Errorf("%s: got %v, want %s", test.name, a, test.want)
+		}
+	}
+}
