@@ -6,6 +6,8 @@ import (
 	"testing"
 	"time"
 
+	"example.com/overlay/internal/fib"
+	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/nstest"
 	"golang.org/x/sys/unix"
 )
@@ -146,6 +148,27 @@ func TestFollowBehindStrangers(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The kernel announces the end of a nexthop object before it takes the routes away that lead through it, which it does not announce: who
+// asks in between is told of a route that is about to go (net/ipv4/nexthop.c, remove_nexthop).
+func TestFollowNextHopAboutToGo(t *testing.T) {
+	l := newLab(t)
+	d := l.active(Config{Networks: prefixes("10.42.0.1/24"), SystemRoutes: &SystemRoutes{}, NoHeal: true})
+	l.event(d, EventResynced)
+	gateway := netip.MustParseAddr("10.42.0.9")
+	d.tree.mu.Lock()
+	d.follower.layer.table.Apply(kernel.Created, &kernel.FIBRoute{
+		Prefix: netip.MustParsePrefix("10.9.0.0/16"), Table: kernel.TableMain, Type: kernel.TypeUnicast, NextHop: 7,
+		Legs: []kernel.Leg{{Gateway: gateway, Link: int32(d.index), Weight: 1}},
+	})
+	if a := d.follower.layer.table.Answer(netip.MustParsePrefix("10.9.0.0/16")); a.Kind != fib.Via {
+		t.Errorf("got %+v, want it through the gateway at first", a)
+	}
+	d.tree.mu.Unlock()
+	l.ip("route add 10.8.0.0/16 via 10.42.0.8 dev " + d.State().Name) // wakes the follower
+	l.wantRoute(d, "10.8.0.1", "10.42.0.8")
+	l.wantRoute(d, "10.9.0.1", "none")
 }
 
 // What a Reload installs counts in the kernel's order: a route that stands behind ours is not in force.

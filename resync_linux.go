@@ -302,10 +302,15 @@ func (f *following) settle() {
 	}
 }
 
-// fetch asks for nexthop objects that routes lead through and nobody told of.
+// fetch asks for nexthop objects that routes lead through and nobody told of. Of one that has gone the kernel tells before it takes
+// its routes away, so that a question or a dump may have shown one of them afterwards (net/ipv4/nexthop.c, remove_nexthop).
 func (f *following) fetch(ids []uint32) {
 	for _, id := range ids {
 		r := f.conn.Do(rtnl.GetNextHop(id))[0]
+		if errors.Is(r.Err, unix.ENOENT) {
+			f.locked(func(t *fib.Table) { t.DeleteNextHop(id) })
+			continue
+		}
 		if r.Err != nil || len(r.Answers) != 1 {
 			continue
 		}

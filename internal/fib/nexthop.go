@@ -21,6 +21,9 @@ func (t *Table) SetNextHop(n kernel.NextHop) {
 	}
 	untold := t.missing[n.ID]
 	delete(t.missing, n.ID)
+	if untold && len(t.shapes.byNextHop[n.ID]) > 0 {
+		t.resync = true // it may be a new one: then the routes through the one before have gone
+	}
 	old := t.nextHops[n.ID]
 	if old != nil {
 		for _, member := range old.Group {
@@ -113,17 +116,15 @@ func (t *Table) legsOf(id uint32, told []kernel.Leg) []kernel.Leg {
 	return told
 }
 
-// DeleteNextHop takes the deletion of a nexthop object: its routes go with it, most of them untold (kernel.md A14), and
-// groups lose a leg.
+// DeleteNextHop takes the deletion of a nexthop object, or that there is none: its routes go with it, most of them untold
+// (kernel.md A14), and groups lose a leg.
 func (t *Table) DeleteNextHop(id uint32) {
 	delete(t.missing, id)
-	n := t.nextHops[id]
-	if n == nil {
-		return
-	}
-	delete(t.nextHops, id)
-	for _, member := range n.Group {
-		removeFrom(t.memberOf, member.ID, id)
+	if n := t.nextHops[id]; n != nil {
+		delete(t.nextHops, id)
+		for _, member := range n.Group {
+			removeFrom(t.memberOf, member.ID, id)
+		}
 	}
 	for _, shape := range slices.Collect(maps.Keys(t.shapes.byNextHop[id])) {
 		for _, k := range slices.Collect(maps.Keys(t.shapes.all[shape].users)) {
@@ -137,11 +138,11 @@ func (t *Table) DeleteNextHop(id uint32) {
 			e.close()
 		}
 	}
-	for _, id := range slices.Collect(maps.Keys(t.memberOf[id])) {
-		group := t.nextHops[id].NextHop
-		group.Group = slices.DeleteFunc(slices.Clone(group.Group), func(leg kernel.NextHopLeg) bool { return leg.ID == n.ID })
+	for _, groupID := range slices.Collect(maps.Keys(t.memberOf[id])) {
+		group := t.nextHops[groupID].NextHop
+		group.Group = slices.DeleteFunc(slices.Clone(group.Group), func(leg kernel.NextHopLeg) bool { return leg.ID == id })
 		if len(group.Group) == 0 {
-			t.DeleteNextHop(id)
+			t.DeleteNextHop(groupID)
 		} else {
 			t.SetNextHop(group)
 		}
