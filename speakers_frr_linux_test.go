@@ -50,11 +50,11 @@ func (f *frr) write(name, text string) {
 }
 
 // run runs a daemon as root, which has to be in the group frrvty for that: in /etc/group as this process and no other sees it.
-// It stays the test's to kill so; a change of user would undo what ties it to the test.
+// It stays the test's to kill so; a change of user would undo what ties it to the test. And it leaves its logs in /var/tmp.
 func (f *frr) run(name string, more ...string) *nstest.Process {
 	f.Helper()
 	command := []string{
-		"unshare", "-m", "sh", "-c", `mount --bind "$0/group" /etc/group && exec "$@"`, f.dir,
+		"unshare", "-m", "sh", "-c", `mount --bind "$0/group" /etc/group && mount -t tmpfs frr /var/tmp && exec "$@"`, f.dir,
 		"/usr/lib/frr/" + name, "-u", "root", "-g", "root", "-A", "127.0.0.1", "-P", "0", "--vty_socket", f.dir, "--log", "stdout",
 		"-z", filepath.Join(f.dir, "zserv.api"), "-i", filepath.Join(f.dir, name+".pid"), "-f", filepath.Join(f.dir, name+".conf"),
 	}
