@@ -219,6 +219,20 @@ func (t *Table) touch(k key) {
 		t.spread(passing[other], p)
 		if spread && other != int(table) {
 			t.spread(cover[other], p)
+			t.askAgain(uint16(other), p)
+		}
+	}
+}
+
+// askAgain has the kernel asked once more about what is in doubt in a part of a table, which another has hidden perhaps.
+func (t *Table) askAgain(table uint16, p netip.Prefix) {
+	if len(t.doubts) == 0 {
+		return
+	}
+	for q := range t.cover[familyIndex(p.Addr().Is6())][table].Subnets(p) {
+		k := keyOf(q, table)
+		if _, doubtful := t.doubts[k]; doubtful {
+			t.doubts[k] = true
 		}
 	}
 }

@@ -266,9 +266,17 @@ func TestHiddenByEarlierTable(t *testing.T) {
 		if throws {
 			apply(t, table, "created 2001:db8::/65 table 100 type 9")
 		}
+		table.Doubts(false)
 		table.Settle(got.Prefix, netip.MustParseAddr("2001:db8::8000:0:0:0"), &got)
 		if table.ResyncNeeded() != throws {
 			t.Errorf("throws %v: resync needed %v", throws, !throws)
+		}
+		if doubts := table.Doubts(false); len(doubts) != 0 {
+			t.Errorf("throws %v: asked again although nothing has changed: %v", throws, doubts)
+		}
+		apply(t, table, "deleted 2001:db8::/64 table 100 via fd00::3")
+		if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{got.Prefix}) {
+			t.Errorf("throws %v: in doubt once nothing hides it: %v", throws, doubts)
 		}
 	}
 }
