@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -146,6 +147,22 @@ func TestFollowBehindStrangers(t *testing.T) {
 			if took := l.wantRoute(d, "fd09::1", "on-link"); took > leeway*time.Second {
 				t.Errorf("after %v", took)
 			}
+		})
+	}
+}
+
+// What the first dump does not show may be what answers: the kernel prefers it to the multipath that hides it.
+func TestFollowPreferredBehindMultipath(t *testing.T) {
+	for name, via := range map[string]string{"ours": "via fd42::%d dev p0", "others'": "via fd41::%d dev other0 onlink"} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t)
+			l.ns.OtherTun(l, "other0", "10.1.0.1/24")
+			l.ip("tuntap add p0 mode tun\naddr add fd42::1/64 dev p0 nodad\nlink set p0 up\n" +
+				"route add fd09::/64 " + fmt.Sprintf(via, 8) + " metric 50\nroute append fd09::/64 dev p0 metric 50 pref high\n" +
+				"route append fd09::/64 " + fmt.Sprintf(via, 9) + " metric 50")
+			d := l.active(Config{Name: "p0", Mode: Attach, Networks: prefixes("fd42::1/64"), SystemRoutes: &SystemRoutes{}, NoHeal: true})
+			l.event(d, EventResynced)
+			l.wantRoute(d, "fd09::1", "on-link")
 		})
 	}
 }

@@ -18,8 +18,11 @@ import (
 func (f *following) resyncNow() {
 	reason := f.pending
 	f.pending = nil
-	cost, err := processorTime(f.readAll)
-	f.settle() // nobody may announce anything for long
+	cost, err := processorTime(func() error {
+		err := f.readAll()
+		f.settle() // nobody may announce anything for long
+		return err
+	})
 	f.rested = time.Now().Add(resyncRest * cost)
 	if err != nil {
 		f.failed(reason, err)

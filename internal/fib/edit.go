@@ -78,7 +78,7 @@ func (e *edit) close() {
 	switch {
 	case !ask && len(t.doubts) > 0:
 		delete(t.doubts, e.key)
-	case ask && e.changed:
+	case e.ask, ask && e.changed:
 		t.doubts[e.key] = true
 	}
 	if e.changed {

@@ -69,6 +69,7 @@ func (t *Table) Dumped(r *kernel.FIBRoute) {
 	}
 	if !t.concerns(r) && k.is6 && joins(r) && len(r.Legs) > 1 {
 		t.veils.add(k, w.number, r.Legs)
+		t.doubts[k] = true // what it hides may be what answers
 	}
 	if _, known := t.heads[k]; !known && !t.concerns(r) {
 		w.last.count = add(w.last.count, 1)
@@ -133,6 +134,7 @@ func (e *edit) show(lo, hi int, n entry) {
 		}
 		if e.hides(to) {
 			c.state |= moreAfter // strangers are left out, too
+			e.ask = true         // and one of ours may be what answers
 		}
 	}
 }
