@@ -39,7 +39,7 @@ type Coalescer struct {
 	groups []group
 	flows  flowTable
 
-	// What Writes builds. Growing them leaves what was handed out before on the old memory, which nobody changes.
+	// What Writes builds, in memory that is large enough before it begins.
 	writes  []Write
 	parts   [][]byte
 	numbers []int

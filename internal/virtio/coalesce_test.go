@@ -285,3 +285,47 @@ func FuzzCoalesce(f *testing.F) {
 		checkBurst(t, c, burst, len(flows) <= flowWays)
 	})
 }
+
+// TestCoalescerMemory holds what doc.go of the library says a queue keeps for WriteBatch, at worst: MaxBatch superpackets with the
+// longest headers, each a flow of its own.
+func TestCoalescerMemory(t *testing.T) {
+	const bound = 320 << 10
+	heap := func() int {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return int(m.HeapAlloc)
+	}
+	burst := longHeaders()
+	for _, header := range []int{10, 64} {
+		before := heap()
+		c := &Coalescer{TCP: true, UDP: true, MaxDatagrams: 128, HeaderSize: header}
+		for i, p := range burst {
+			if got := c.Add(i, p.data, p.size); got != Added {
+				t.Fatalf("packet %d: %v", i, got)
+			}
+		}
+		writes := c.Writes()
+		atWork := heap() - before
+		if len(writes) != MaxBatch || atWork > bound {
+			t.Errorf("virtio header of %d bytes: %d KiB for %d writes", header, atWork>>10, len(writes))
+		}
+		t.Logf("virtio header of %d bytes: %d KiB", header, atWork>>10)
+		runtime.KeepAlive(c)
+	}
+}
+
+// longHeaders are superpackets with 236 bytes of headers.
+func longHeaders() (burst []sent) {
+	const options = 136
+	for i := range MaxBatch {
+		b := make([]byte, headerLen6+options+60+2)
+		b[0], b[6], b[7] = 0x60, 60, 64
+		b[8], b[9], b[23], b[24], b[39] = 0xfd, byte(i), byte(i>>8), 0xfd, 1
+		binary.BigEndian.PutUint16(b[4:], uint16(len(b)-headerLen6))
+		b[40], b[41], b[42], b[43] = protoTCP, options/8-1, 1, options-4
+		b[headerLen6+options+12], b[headerLen6+options+13] = 0xf0, tcpACK
+		burst = append(burst, sent{data: b, size: 1})
+	}
+	return burst
+}

@@ -8,13 +8,13 @@ import (
 // Writes returns what to write for all packets that were added, in an order that keeps that of every flow. It may be called again,
 // also after further packets, and then returns everything anew.
 func (c *Coalescer) Writes() []Write {
-	c.writes, c.parts, c.numbers, c.memory = c.writes[:0], c.parts[:0], c.numbers[:0], c.memory[:0]
+	c.makeRoom()
 	plain := c.room(0)
 	for i := range c.groups {
 		g := &c.groups[i]
 		w := Write{Segments: int(g.segments)}
 		parts, numbers := len(c.parts), len(c.numbers)
-		if g.count == 1 && !g.super {
+		if !g.merged() {
 			c.parts = append(c.parts, plain, c.pieces[g.first].data)
 			c.numbers = append(c.numbers, c.pieces[g.first].number)
 			w.Len = len(plain) + g.total
@@ -27,6 +27,25 @@ func (c *Coalescer) Writes() []Write {
 		c.writes = append(c.writes, w)
 	}
 	return c.writes
+}
+
+// merged says whether a group is written with headers of its own.
+func (g *group) merged() bool { return g.count > 1 || g.super }
+
+// makeRoom empties what Writes builds and makes it large enough: parts of what was outgrown would be kept by those that point there.
+func (c *Coalescer) makeRoom() {
+	parts, numbers, memory := 0, 0, c.headerSize()
+	for i := range c.groups {
+		g := &c.groups[i]
+		parts, numbers = parts+1+int(g.count), numbers+int(g.count)
+		if g.merged() {
+			memory += c.headerSize() + g.payload
+		}
+	}
+	c.writes = slices.Grow(c.writes[:0], len(c.groups))
+	c.parts = slices.Grow(c.parts[:0], parts)
+	c.numbers = slices.Grow(c.numbers[:0], numbers)
+	c.memory = slices.Grow(c.memory[:0], memory)
 }
 
 // appendSuper appends the parts and numbers of a superpacket.
@@ -45,14 +64,13 @@ func (c *Coalescer) appendSuper(g *group, h Header) {
 	}
 }
 
+func (c *Coalescer) headerSize() int { return max(c.HeaderSize, HeaderLen) }
+
 // room returns zeros for a virtio header and n bytes more.
 func (c *Coalescer) room(n int) []byte {
-	n += HeaderLen
-	if c.HeaderSize > HeaderLen {
-		n += c.HeaderSize - HeaderLen
-	}
+	n += c.headerSize()
 	start := len(c.memory)
-	c.memory = slices.Grow(c.memory, n)[:start+n]
+	c.memory = c.memory[:start+n]
 	b := c.memory[start : start+n : start+n]
 	clear(b)
 	return b
