@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"example.com/overlay/internal/nstest"
@@ -211,4 +213,58 @@ func TestQueueNeedsThePoller(t *testing.T) {
 	if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != unix.EBADF {
 		t.Errorf("the descriptor is open: %v", err)
 	}
+}
+
+// Packets that make no sense hold up neither those that do nor Close, and one that was cut is none.
+func TestInvalidHoldsNothingUp(t *testing.T) {
+	const some = 3 * readMost / 2
+	q, k := newFaultyQueue(t, vnetHeaderSize)
+	bad := make([]byte, 60)
+	bad[1] = 77 // there is no such GSO type
+	good := append(make([]byte, vnetHeaderSize), sequence(1)...)
+	requireOne := func() {
+		t.Helper()
+		packets, err := q.ReadBatch()
+		if err != nil || len(packets) != 1 || !bytes.Equal(packets[0].Data, sequence(1)) {
+			t.Fatalf("%d packets, %v", len(packets), err)
+		}
+	}
+	k.send(make([]byte, readRoom))
+	k.send(good)
+	requireOne()
+	k.send(good)
+	for range some {
+		k.send(bad)
+	}
+	requireOne()
+	if n := q.readInvalid.Load(); n > 1+readMost {
+		t.Errorf("%d packets passed over before a good one was handed out", n)
+	}
+	q.closed.Store(true) // as Close does first
+	before := q.readInvalid.Load()
+	if _, err := q.ReadBatch(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("ReadBatch of a closed queue: %v", err)
+	}
+	if _, err := q.Read(bad); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Read of a closed queue: %v", err)
+	}
+	if n := q.readInvalid.Load() - before; n != 0 {
+		t.Errorf("%d packets read of a queue that is being closed", n)
+	}
+}
+
+// Read keeps nothing of its caller's.
+func TestReadKeepsNothing(t *testing.T) {
+	q, k := newFaultyQueue(t, vnetHeaderSize)
+	var freed atomic.Bool
+	func() {
+		buf := new([5000]byte)
+		runtime.SetFinalizer(buf, func(*[5000]byte) { freed.Store(true) })
+		k.send(append(make([]byte, vnetHeaderSize), sequence(1)...))
+		if _, err := q.Read(buf[:]); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	eventually(t, "it is collected", func() bool { runtime.GC(); return freed.Load() })
+	runtime.KeepAlive(q)
 }

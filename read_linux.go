@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"io"
+	"os"
 
 	"example.com/overlay/internal/virtio"
 	"golang.org/x/sys/unix"
@@ -38,16 +39,16 @@ type reader struct {
 // left returns how many segments are still to be handed out.
 func (r *reader) left() int { return r.super.Segments() - r.next }
 
-// receive takes the next packet, with its header, into b and returns the length of both.
+// receive takes the next packet, with its header, into b and returns the length of both; 0 of one that the kernel has no virtio
+// header for, and which is lost.
 func (q *tunQueue) receive(fd int, b []byte) (int, error) {
 	for {
 		n, err := q.in.vector.read(fd, b)
 		switch {
 		case err == unix.EINTR:
 			continue
-		case q.header > 0 && (err == unix.EINVAL || err == nil && n < q.header) && !q.closed.Load():
-			q.readInvalid.Add(1) // one that the kernel has no virtio header for; it is lost
-			continue
+		case err == unix.EINVAL && q.header > 0:
+			return 0, nil
 		}
 		return n, err
 	}
@@ -81,7 +82,12 @@ func (q *tunQueue) drain(fd uintptr) bool {
 	for r.left() > 0 && len(r.packets) < readMost && len(free) >= readRoom {
 		free = r.add(free, Packet{Data: r.segment(free[:0:readRoom])}, 0, 1)
 	}
-	for len(r.packets) < readMost && len(free) >= readRoom {
+	// Those that make no sense take no room: they are counted too, so that they hold up neither who waits for what there is nor Close.
+	for reads := 0; len(free) >= readRoom && (reads < readMost && len(r.packets) < readMost || len(r.packets) == 0); reads++ {
+		if q.closed.Load() {
+			r.err = os.ErrClosed
+			break
+		}
 		var n int
 		n, r.err = q.receive(int(fd), free[:readRoom])
 		if r.err == unix.EAGAIN && len(r.packets) == 0 {
@@ -109,7 +115,7 @@ func (r *reader) add(free []byte, p Packet, header, segments int) []byte {
 
 // accept makes a Packet of the n bytes in b; no segments: of none that makes sense.
 func (q *tunQueue) accept(b []byte, n int) (p Packet, segments int) {
-	if n == readRoom {
+	if n < q.header || n == readRoom {
 		return p, 0
 	}
 	p.Data = b[q.header:n]
@@ -151,6 +157,10 @@ func (q *tunQueue) takeOne(fd uintptr) bool {
 		r.room = make([]byte, readRoom)
 	}
 	for segments := 0; segments == 0 && r.left() == 0; {
+		if q.closed.Load() {
+			r.err = os.ErrClosed
+			return true
+		}
 		// Not right to where the caller wants it: only its header tells whether it is one packet, and one that makes sense.
 		n, err := q.receive(int(fd), r.room)
 		if err != nil {
