@@ -90,7 +90,7 @@ func (a *attachment) finish(fds []int, common *shared) error {
 			return err
 		}
 	}
-	granted, err := grant(fds[0], a.header, a.without)
+	granted, err := grant(offloadsOf(fds[0]), a.header, a.without)
 	if err != nil {
 		return err
 	}

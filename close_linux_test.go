@@ -3,7 +3,6 @@ package overlay
 import (
 	"bytes"
 	"errors"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -349,70 +348,6 @@ func requireEmptyPipes(t testing.TB, stop <-chan struct{}) {
 		default:
 		}
 	}
-}
-
-// kernel.md V18, U51: a queue that is closed alone takes its backlog along, counted, and its flows move to the others.
-func TestQueueCloseMovesItsFlows(t *testing.T) {
-	r := newRig(t, Config{Networks: []netip.Prefix{own4}, Queues: 2})
-	first, second := r.dev.Queues()[0], r.dev.Queues()[1]
-	flows := make([]*net.UDPConn, 32)
-	for i := range flows {
-		flows[i] = r.udp(own4.Addr())
-	}
-	got := make(chan string, 1000)
-	var readers sync.WaitGroup
-	read := func(q Queue, name string) {
-		readers.Go(func() {
-			for {
-				packets, err := q.ReadBatch()
-				if err != nil {
-					return
-				}
-				for range packets {
-					got <- name
-				}
-			}
-		})
-	}
-	round := func() map[string]int {
-		for _, f := range flows {
-			if _, err := f.WriteToUDPAddrPort(make([]byte, 100), netip.AddrPortFrom(peer4, 4242)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		counts := map[string]int{}
-		for range flows {
-			select {
-			case name := <-got:
-				counts[name]++
-			case <-time.After(patience):
-				t.Fatalf("of %d flows only %v arrive", len(flows), counts)
-			}
-		}
-		return counts
-	}
-	read(first, "first")
-	read(second, "second")
-	if counts := round(); counts["first"] == 0 || counts["second"] == 0 {
-		t.Fatalf("all flows on one queue: %v", counts)
-	}
-	if err := second.Close(); err != nil {
-		t.Fatal(err)
-	}
-	requireClosed(t, second)
-	if counts := round(); counts["second"] != 0 {
-		t.Errorf("flows of a closed queue: %v", counts)
-	}
-	if _, err := first.Write(sequence(1)); err != nil {
-		t.Errorf("the other queue's Write: %v", err)
-	}
-	if s := r.dev.State(); s.Index == 0 || !s.Up {
-		t.Errorf("State: %v", s)
-	}
-	if err := r.dev.Close(); err != nil {
-		t.Fatal(err)
-	}
-	readers.Wait()
 }
 
 // kernel.md V18: closing is not detaching, which would take the queue from a successor too: its duplicate goes on, with the

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
+	"net/netip"
 	"testing"
 
 	"example.com/overlay/internal/virtio"
+	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
 
@@ -132,6 +134,21 @@ func randomMalformed(r *rand.Rand) Packet {
 	return Packet{p, []int{0, 0, 1, 10, 65535, 65536, -1, r.IntN(400)}[r.IntN(8)]}
 }
 
+// nextMalformed is the next packet of a flow, in two cases of three with some of its bits changed, before or after its checksum was made.
+func nextMalformed(r *rand.Rand, f *form) Packet {
+	p := f.finished(randomBytes(r, 1+300*r.IntN(2)))
+	if change := r.IntN(3); change > 0 {
+		i := r.IntN(min(len(p), 100))
+		p[i] ^= 1 << r.IntN(8)
+		if change == 1 && i < 20 && p[0] == 0x45 {
+			sumHeader(p)
+		}
+	}
+	f.seq += uint32(len(p) - f.headerLen())
+	f.id++
+	return Packet{Data: p}
+}
+
 // A million of them through the reader's and the writer's machinery, and fewer through a device: no panic, no wrong merge, and a log
 // that does not grow with them.
 func TestMalformedByTheMillion(t *testing.T) {
@@ -142,16 +159,29 @@ func TestMalformedByTheMillion(t *testing.T) {
 	r := seeded(t)
 	merge := virtio.Coalescer{TCP: true, UDP: true, MaxDatagrams: 128}
 	buf := make([]byte, 0, maxPacket+40)
-	segments := 0
+	segments, merged := 0, 0
+	trains := make([]*form, 6)
+	var burst []Packet
 	for i := range n {
+		if i%4096 == 0 {
+			for j := range trains {
+				trains[j] = randomForm(r, j%2 == 0, j%3 == 0)
+				trains[j].flags = tcpFlagACK
+			}
+		}
 		p := randomMalformed(r)
+		if r.IntN(4) > 0 {
+			p = nextMalformed(r, trains[r.IntN(len(trains))])
+		}
 		h := virtio.Header{Flags: byte(r.IntN(4)), GSOType: []byte{0, 1, 3, 4, 5, 0x81, byte(r.Uint32())}[r.IntN(7)], GSOSize: uint16(p.SegmentSize)}
 		h.CsumStart, h.CsumOffset = uint16(20*r.IntN(4)), uint16(6+10*r.IntN(2))
 		if r.IntN(8) == 0 {
 			h.CsumStart, h.CsumOffset = uint16(r.Uint32()), uint16(r.Uint32())
 		}
-		if merge.Add(i, p.Data, p.SegmentSize) == virtio.Full || i%64 == 63 {
-			segments += writtenWhole(t, &merge)
+		burst = append(burst, p)
+		if merge.Add(len(burst)-1, p.Data, p.SegmentSize) == virtio.Full || i%64 == 63 {
+			packets, together := writtenWhole(t, &merge, burst)
+			segments, merged, burst = segments+packets, merged+together, burst[:0]
 		}
 		read := Packet{Data: bytes.Clone(p.Data)}
 		read.SegmentSize, _ = h.Accept(read.Data)
@@ -161,31 +191,59 @@ func TestMalformedByTheMillion(t *testing.T) {
 			}
 		}
 	}
-	if segments < n/4 {
-		t.Errorf("%d of %d packets came out of the coalescer", segments, n)
+	if segments < n/4 || merged < n/20 {
+		t.Errorf("%d of %d packets came out of the coalescer, %d of them merged", segments, n, merged)
 	}
 }
 
-// writtenWhole checks that a superpacket holds what its packets are, and returns how many packets there were.
-func writtenWhole(t *testing.T, merge *virtio.Coalescer) (n int) {
+// writtenWhole checks that a superpacket is what its packets are, but for the identification, and returns how many packets there were
+// and how many of them were merged.
+func writtenWhole(t *testing.T, merge *virtio.Coalescer, burst []Packet) (n, merged int) {
 	t.Helper()
 	for _, w := range merge.Writes() {
 		all := bytes.Join(w.Parts, nil)
 		if len(all) != w.Len || len(w.Packets) == 0 {
 			t.Fatalf("%d bytes for %d packets, %d said", len(all), len(w.Packets), w.Len)
 		}
-		if p := (Packet{all[virtio.HeaderLen:], int(w.Header.GSOSize)}); w.Header.GSOType != virtio.GSONone && p.Segments() != w.Segments {
+		p := Packet{all[virtio.HeaderLen:], int(w.Header.GSOSize)}
+		if w.Header.GSOType != virtio.GSONone && p.Segments() != w.Segments {
 			t.Fatalf("%d segments of %d", p.Segments(), w.Segments)
 		}
-		n += len(w.Packets)
+		if n += len(w.Packets); len(w.Packets) == 1 {
+			continue
+		}
+		merged += len(w.Packets)
+		for i, number := range w.Packets {
+			if is, was := withoutID(p.AppendSegment(nil, i)), withoutID(burst[number].Data); !bytes.Equal(is, was) {
+				t.Fatalf("packet %d of %d that were merged%s", i, len(w.Packets), whereOther(is, was))
+			}
+		}
 	}
 	merge.Reset()
-	return n
+	return n, merged
+}
+
+// withoutID is a packet without IPv4 identification, which may change where it was fixed, and the checksum that it is in.
+func withoutID(p []byte) []byte {
+	p = bytes.Clone(p)
+	if p[0]>>4 == 4 {
+		clear(p[4:6])
+		clear(p[10:12])
+	}
+	return p
 }
 
 // The same through a real device: whatever is written, it goes on, and keeps its offloads, and says no more than at the beginning.
 func TestMalformedThroughADevice(t *testing.T) {
 	w, r := newRoad(t, OffloadTCP|OffloadUDP), seeded(t)
+	var log bytes.Buffer
+	logger := logrus.New()
+	logger.SetOutput(&log)
+	logger.SetLevel(logrus.TraceLevel)
+	cfg := Config{Name: "in", Networks: []netip.Prefix{own4, own6}, NetNS: w.ns.Path(), MTU: roadMTU, TxQueueLen: 20_000, Logger: logger}
+	if err := w.in.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
 	q := w.in.Queues()[0]
 	for range 300 {
 		batch := make([]Packet, 1+r.IntN(60))
@@ -199,6 +257,9 @@ func TestMalformedThroughADevice(t *testing.T) {
 		w.collect() // else there is no room for the last of them
 	}
 	w.arrives("good ones afterwards", burstOf(20))
+	if lines := bytes.Count(log.Bytes(), []byte("\n")); lines > 10 {
+		t.Errorf("%d lines of log: %s", lines, log.Bytes()[:1000])
+	}
 	s := w.in.State()
 	if len(s.String()) > 5000 || s.Offload != OffloadTCP|OffloadUDP {
 		t.Errorf("State %v", s)

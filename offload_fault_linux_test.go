@@ -194,10 +194,112 @@ func TestOlderKernelTakesFewerDatagrams(t *testing.T) {
 	for range 3 {
 		w.arrives("128 datagrams", burstOf(128))
 	}
-	if s := w.in.State(); f.probes != 1 || most != 64 || s.Offload != OffloadTCP|OffloadUDP || w.in.Stats().OffloadFails != 0 {
+	if s := w.in.State(); f.probes != 2 || most != 64 || s.Offload != OffloadTCP|OffloadUDP || w.in.Stats().OffloadFails != 1 {
 		t.Errorf("%d probes, at most %d datagrams, State %v", f.probes, most, s)
 	}
 	requireNoEvent(t, w.in, EventDegraded)
+}
+
+// Nor does that the kernel takes no datagrams at all for a while.
+func TestNoDatagramsForAWhileAreNoOldKernel(t *testing.T) {
+	w := newRoad(t, OffloadTCP|OffloadUDP)
+	clock := newClock()
+	w.in.(*tunDevice).offloads.clock = func() time.Time { return clock.Time }
+	broken, longest := true, 0
+	w.faulty(func(h virtio.Header, packet []byte) (int, bool, error) {
+		if h.GSOType == virtio.GSOUDPL4 && !isProbe(packet) {
+			longest = max(longest, Packet{packet, int(h.GSOSize)}.Segments())
+		}
+		return 0, broken && h.GSOType == virtio.GSOUDPL4, unix.EINVAL
+	})
+	w.arrives("refused", burstOf(128))
+	broken = false
+	clock.pass(offloadPause)
+	w.arrives("the first after the pause", burstOf(1)) // finds out
+	longest = 0
+	w.arrives("and as ever", burstOf(128))
+	if longest <= 64 || w.in.Stats().OffloadFails != 1 {
+		t.Errorf("at most %d datagrams, counters %+v", longest, w.in.Stats())
+	}
+}
+
+// What asks the kernel whether it takes superpackets again shall not get into the way of a packet that waits for room.
+func TestProbeBesideALonePacket(t *testing.T) {
+	w := newRoad(t, OffloadTCP|OffloadUDP)
+	wake := (&rig{TB: t, ns: w.ns, name: "in"}).tap()
+	clock := newClock()
+	w.in.(*tunDevice).offloads.clock = func() time.Time { return clock.Time }
+	broken, full := true, false
+	w.faulty(func(h virtio.Header, _ []byte) (int, bool, error) {
+		switch {
+		case h.GSOType != virtio.GSONone:
+			return 0, broken, unix.EINVAL
+		case full:
+			full = false
+			clock.pass(offloadPause)
+			wake.send(sequence(0)) // the poller tells of any packet
+			return 0, true, unix.EAGAIN
+		}
+		return 0, false, nil
+	})
+	w.arrives("refused", burstOf(20))
+	broken, full = false, true
+	if n, err := w.in.Queues()[0].WriteBatch(burstOf(1)[:1]); n != 1 || err != nil {
+		t.Errorf("%d taken, %v, counters %+v", n, err, w.in.Stats())
+	}
+}
+
+// The ladder: the best that a kernel grants, and its answer where it grants nothing.
+func TestGrant(t *testing.T) {
+	const csum, tcp, udp = unix.TUN_F_CSUM, unix.TUN_F_TSO4 | unix.TUN_F_TSO6 | unix.TUN_F_TSO_ECN, unix.TUN_F_USO4 | unix.TUN_F_USO6
+	for _, test := range []struct {
+		name    string
+		knows   int // bits of a mask
+		err     error
+		header  int
+		without Offload
+		want    Offload
+		mask    int
+	}{
+		{"since 6.2", csum | tcp | udp, nil, 10, 0, OffloadTCP | OffloadUDP, csum | tcp | udp},
+		{"TCP declined", csum | tcp | udp, nil, 10, OffloadTCP, OffloadUDP, csum | udp},
+		{"before 6.2", csum | tcp, nil, 10, 0, OffloadTCP, csum | tcp},
+		{"before 6.2, TCP declined", csum | tcp, nil, 10, OffloadTCP, 0, 0},
+		{"none", 0, nil, 10, 0, 0, 0},
+		{"without a header", csum | tcp | udp, nil, 0, 0, 0, 0},
+		{"forbidden", csum | tcp | udp, unix.EPERM, 10, 0, 0, -1},
+	} {
+		mask := -1
+		got, err := grant(func(m int) error {
+			switch {
+			case test.err != nil:
+				return test.err
+			case m&^test.knows != 0:
+				return unix.EINVAL
+			}
+			mask = m
+			return nil
+		}, test.header, test.without)
+		if got != test.want || mask != test.mask || !errors.Is(err, test.err) {
+			t.Errorf("%s: got %v by mask %#x, %v", test.name, got, mask, err)
+		}
+	}
+}
+
+// The offloads are the device's: that its first queue is closed hinders no Reload.
+func TestNoOffloadWithAQueueClosed(t *testing.T) {
+	r := newRig(t, Config{Queues: 2})
+	granted := r.dev.State().Offload
+	if err := r.q.Close(); err != nil {
+		t.Fatal(err)
+	}
+	cfg := Config{NetNS: r.ns.Path(), Queues: 2, NoOffload: OffloadTCP | OffloadUDP}
+	if err := r.dev.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.dev.State().Offload; got != 0 || granted == 0 {
+		t.Errorf("offload %v before, %v after", granted, got)
+	}
 }
 
 // One superpacket of many datagrams that the kernel refuses says nothing about others as long (kernel.md V24).

@@ -41,16 +41,21 @@ func offloadMask(o Offload) int {
 	return mask
 }
 
+// offloadsOf sets the offloads of the device that a descriptor belongs to.
+func offloadsOf(fd int) func(mask int) error {
+	return func(mask int) error { return setOffload(fd, mask) }
+}
+
 // grant asks the kernel for the offloads of a device whose packets have a virtio header, best first, and returns what it got. The
 // mask is the device's and outlives descriptors, so it is set in any case, to 0 too (kernel.md C1, U49).
-func grant(fd, header int, without Offload) (Offload, error) {
+func grant(set func(mask int) error, header int, without Offload) (Offload, error) {
 	wanted := (OffloadTCP | OffloadUDP) &^ without
 	if header == 0 {
 		wanted = 0
 	}
 	var err error
 	for _, rung := range []Offload{wanted, wanted & OffloadTCP, 0} { // kernels before 6.2 have none for UDP
-		if err = setOffload(fd, offloadMask(rung)); err == nil {
+		if err = set(offloadMask(rung)); err == nil {
 			return rung, nil
 		}
 		if !errors.Is(err, unix.EINVAL) {
@@ -100,15 +105,19 @@ func (o *offloads) refused(h virtio.Header, segments int, write func(packet []by
 		return
 	case virtio.GSOUDPL4:
 		kind = OffloadUDP
-		if segments > fewDatagrams && !o.older.Load() && errors.Is(write(virtio.Probe(h.GSOType, fewDatagrams+1)), unix.EINVAL) {
-			o.older.Store(true)
-			return
-		}
 	}
 	o.fails.Add(1)
+	refuses := func(probe []byte) error {
+		if err := write(probe); errors.Is(err, unix.EINVAL) {
+			return err
+		}
+		return nil
+	}
 	probe := virtio.Probe(h.GSOType, 2)
-	if err := write(probe); errors.Is(err, unix.EINVAL) {
+	if err := refuses(probe); err != nil {
 		o.block(kind, probe, err)
+	} else if kind == OffloadUDP && segments > fewDatagrams && !o.older.Load() && refuses(virtio.Probe(h.GSOType, fewDatagrams+1)) != nil {
+		o.older.Store(true)
 	}
 }
 
@@ -151,7 +160,7 @@ func (d *tunDevice) regrant(without Offload) {
 	for _, q := range d.queues {
 		var granted Offload
 		var err error
-		if q.raw.Control(func(fd uintptr) { granted, err = grant(int(fd), q.header, without) }) != nil {
+		if q.raw.Control(func(fd uintptr) { granted, err = grant(offloadsOf(int(fd)), q.header, without) }) != nil {
 			continue // closed
 		}
 		if err != nil {

@@ -277,8 +277,15 @@ func TestWriteRefusesBadPackets(t *testing.T) {
 			t.Errorf("Write of %d bytes: got %d, %v", size, n, err)
 		}
 	}
+	// No longer one as a superpacket of one: it is the same packet.
+	long := (&form{v6: true, udp: true, src: netip.AddrPortFrom(peer6, 1), dst: netip.AddrPortFrom(own6.Addr(), 2), ttl: 9, first: 17}).packet(make([]byte, 65535-8))
+	for _, p := range []Packet{{Data: long}, {long, 65535}} {
+		if n, err := r.q.WriteBatch([]Packet{p}); len(long) != 65575 || n != 0 || !errors.Is(err, unix.EMSGSIZE) {
+			t.Errorf("WriteBatch of %d bytes, segments of %d: got %d, %v", len(long), p.SegmentSize, n, err)
+		}
+	}
 	n := uint64(len(bad))
-	r.requireStats(Stats{WritePackets: n, WriteBytes: n * 20, WriteRefused: 3*n + 2})
+	r.requireStats(Stats{WritePackets: n, WriteBytes: n * 20, WriteRefused: 3*n + 4})
 }
 
 // Nothing is allocated for a packet or a batch of them.

@@ -25,8 +25,9 @@ type writer struct {
 	member int    // of it, the next packet
 	part   int    // of that packet, the next segment
 	buffer []byte // for a segment
-	parts  [3][]byte
+	parts  [2][]byte
 	zeros  [maxVnetSize]byte
+	probe  [3][]byte
 
 	taken  int
 	sent   tally
@@ -42,8 +43,8 @@ type aloneWrite struct {
 
 // frame puts an empty header before a packet.
 func (w *writer) frame(data []byte, header int) [][]byte {
-	w.parts = [...][]byte{w.zeros[:header], data, nil}
-	return w.parts[:2]
+	w.parts = [...][]byte{w.zeros[:header], data}
+	return w.parts[:]
 }
 
 func (w *writer) lone(number int, data []byte, header int) []virtio.Write {
@@ -92,13 +93,13 @@ func (q *tunQueue) write(packets []Packet) (int, error) {
 func (w *writer) forget() {
 	w.merge.Reset()
 	w.packets, w.writes, w.at, w.split, w.member, w.part = nil, nil, 0, false, 0, 0
-	w.parts = [3][]byte{}
+	w.parts = [2][]byte{}
 }
 
 // writeAll runs under the poller; false: wait, the queue's send buffer is full.
 func (q *tunQueue) writeAll(fd uintptr) bool {
 	w := &q.out
-	if w.at == 0 {
+	if len(w.writes) == 0 { // at the beginning
 		q.offloads.retry(func(packet []byte) error { return q.probe(int(fd), packet) })
 	}
 	for {
@@ -172,7 +173,7 @@ func (q *tunQueue) put(fd int, m *virtio.Write) (ended, wait bool) {
 	if !w.split {
 		plain := m.Header == virtio.Header{}
 		err := error(unix.EMSGSIZE) // the kernel would take a megabyte
-		if !plain || m.Len <= q.header+maxPacket {
+		if m.Segments > 1 || m.Len <= q.header+maxPacket {
 			err = q.send(fd, m.Parts, m.Len)
 		}
 		switch {
@@ -222,6 +223,9 @@ func (q *tunQueue) putParts(fd int, p Packet) error {
 			w.buffer = p.AppendSegment(w.buffer[:0], w.part)
 			packet = w.buffer
 		}
+		if len(packet) > maxPacket {
+			return unix.EMSGSIZE
+		}
 		if err := q.send(fd, w.frame(packet, q.header), q.header+len(packet)); err != nil {
 			return err
 		}
@@ -254,8 +258,8 @@ func (q *tunQueue) send(fd int, parts [][]byte, size int) error {
 func (q *tunQueue) probe(fd int, packet []byte) error {
 	w := &q.out
 	more := w.zeros[:q.header-virtio.HeaderLen]
-	w.parts = [...][]byte{packet[:virtio.HeaderLen], more, packet[virtio.HeaderLen:]}
-	return q.send(fd, w.parts[:], len(packet)+len(more))
+	w.probe = [...][]byte{packet[:virtio.HeaderLen], more, packet[virtio.HeaderLen:]}
+	return q.send(fd, w.probe[:], len(packet)+len(more))
 }
 
 // refuseAll notes that what m was made of was not taken; true if no packet will be any more.

@@ -1,0 +1,136 @@
+package fib
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"example.com/overlay/internal/kernel"
+)
+
+// What the first dump left out between the legs of a multipath is asked about when that goes.
+func TestUnknownBehindMultipath(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/49")
+	table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+	table.Begin(true, true)
+	multipath := "2001:db8::/49 via fd00::4 via fd00::6"
+	got := parseRoute(t, strings.Fields(multipath))
+	table.Dumped(&got)
+	table.End(true, true)
+	if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+		t.Errorf("in doubt beforehand: %v", doubts)
+	}
+	table.Settle(p, p.Addr(), &got)
+	if doubts := table.Doubts(true); len(doubts) != 0 {
+		t.Errorf("in doubt when asked: %v", doubts)
+	}
+	apply(t, table, "deleted "+multipath)
+	if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+		t.Fatalf("in doubt: %v", doubts)
+	}
+	got = parseRoute(t, []string{"2001:db8::/49", "via", "fd00::3"})
+	table.Settle(p, p.Addr(), &got)
+	if a := table.Answer(p); a.String() != "fd00::3*1" || table.Doubtful() != 0 {
+		t.Errorf("got %v, %d in doubt", a, table.Doubtful())
+	}
+}
+
+// Where a dump shows a stranger's multipath, routes may be that it hides: whatever is announced there, the kernel is asked.
+func TestVeils(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/64")
+	multipath := parseRoute(t, strings.Fields("2001:db8::/64 via fd01::2 dev 8 via fd01::3 dev 8"))
+	dumped := func(table *Table, quiet bool, routes ...kernel.FIBRoute) {
+		table.Begin(true, true)
+		for i := range routes {
+			table.Dumped(&routes[i])
+		}
+		table.End(true, quiet)
+	}
+	asked := func(table *Table, line string) bool {
+		apply(t, table, line)
+		return slices.Contains(table.Doubts(false), p)
+	}
+	table := New(Config{Link: ourLink})
+	dumped(table, true, multipath)
+	if !table.Depends(otherLink) || table.Depends(ourLink+100) {
+		t.Error("the multipath's interface does not count, or another does")
+	}
+	if !asked(table, "deleted 2001:db8::/64 via fd01::2 dev 8") {
+		t.Error("not asked about what a leg may have hidden")
+	}
+	multipath.Prefix = netip.MustParsePrefix("2001:db8::/65")
+	dumped(table, false, multipath)
+	if !asked(table, "deleted 2001:db8::/64 via fd01::2 dev 8") {
+		t.Error("forgotten after a dump that proves nothing")
+	}
+	table.Settle(p, p.Addr().Next(), nil)
+	if asked(table, "deleted 2001:db8::/64 via fd01::3 dev 8") {
+		t.Error("asked although nothing can be hidden any more")
+	}
+	dumped(table, true)
+	if asked(table, "deleted 2001:db8::/65 via fd01::3 dev 8") || table.Depends(otherLink) {
+		t.Error("not forgotten after a dump without it")
+	}
+}
+
+// An IPv6 answer through a nexthop object, which may name another route than the match (net/ipv6/route.c, rt6_get_pcpu_route),
+// tells of the only route around the address that leads through the object, if there is but one.
+func TestSettleThroughNextHop(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/64")
+	for _, test := range []struct{ name, before, got, want string }{
+		{"the only one", "", "2001:db8::/64 nhid 3", "fd00::2*1"},
+		{"named by another's prefix", "", "2001:db8:5::/64 metric 9 nhid 3", "fd00::2*1"},
+		{"named by a group's", "nexthop 4 group 3*2", "2001:db8:5::/64 nhid 4", "fd00::2*1"},
+		{"a shorter prefix beside", "created 2001:db8::/48 nhid 3", "2001:db8::/64 nhid 3", "fd00::6*1"},
+		{"a group beside", "nexthop 4 group 3*2\ncreated 2001:db8::/48 nhid 4", "2001:db8::/64 nhid 3", "fd00::6*1"},
+		{"a group that strangers may use", "nexthop 2 via fd01::5 dev 8\nnexthop 4 group 3*2 2*1", "2001:db8::/64 nhid 4", "fd00::6*1"},
+	} {
+		table := New(Config{Link: ourLink})
+		multipath := "2001:db8::/64 via fd01::2 dev 8 leg dead via fd00::6"
+		for line := range strings.Lines("nexthop 3 via fd00::2\n" + test.before + "\ncreated " + multipath + "\nappended 2001:db8::/64 nhid 3") {
+			if line = strings.TrimSpace(line); line != "" {
+				apply(t, table, line)
+			}
+		}
+		table.Begin(true, true)
+		r := parseRoute(t, strings.Fields(multipath))
+		table.Dumped(&r)
+		table.End(true, false) // what it leaves out is in doubt
+		got := parseRoute(t, strings.Fields(test.got))
+		table.Settle(p, p.Addr().Next(), &got)
+		if a := table.Answer(p); a.String() != test.want {
+			t.Errorf("%s: got %v, want %s", test.name, a, test.want)
+		}
+	}
+}
+
+// What seems to have been replaced may have gone before: then it was another (net/ipv6/ip6_fib.c, fib6_add_rt2node).
+func TestReplacedInstead(t *testing.T) {
+	for _, test := range []struct{ name, dumped, lines, asked, then, want string }{
+		{
+			"a multipath that was replaced by a route that the kernel prefers", "2001:db8::/64 via fd01::6 dev 8 via fd00::5", "replaced 2001:db8::/64 on 7 pref 1", "2001:db8::/64 on 7 pref 1",
+			"replaced 2001:db8::/64 via fd01::3 dev 8 via fd00::3", "fd00::3*1",
+		},
+	} {
+		table := New(Config{Link: ourLink})
+		table.Begin(true, true)
+		r := parseRoute(t, strings.Fields(test.dumped))
+		p := r.Prefix
+		table.Dumped(&r)
+		table.End(true, true)
+		apply(t, table, test.lines)
+		got := parseRoute(t, strings.Fields(test.asked))
+		table.Settle(p, p.Addr().Next(), &got)
+		apply(t, table, test.then)
+		_, answer, _ := strings.Cut(test.then, " ")
+		if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+			t.Errorf("%s: in doubt: %v", test.name, doubts)
+		}
+		got = parseRoute(t, strings.Fields(answer))
+		table.Settle(p, p.Addr().Next(), &got)
+		if a := table.Answer(p); a.String() != test.want {
+			t.Errorf("%s: got %v, want %s", test.name, a, test.want)
+		}
+	}
+}
