@@ -89,7 +89,10 @@ func (o *followOracle) do(lines ...string) {
 }
 
 func (o *followOracle) note(format string, args ...any) {
-	o.story = append(o.story, fmt.Sprintf("%d: ", o.Steps)+fmt.Sprintf(format, args...))
+	const enough = 100 // a run may last for hours
+	if o.story = append(o.story, fmt.Sprintf("%d: ", o.Steps)+fmt.Sprintf(format, args...)); len(o.story) > enough {
+		o.story = slices.Delete(o.story, 0, 1)
+	}
 }
 
 // restore gives the devices their addresses, if they have lost them.

@@ -3,6 +3,7 @@ package oracle
 import (
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 
 	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/rtnl"
@@ -17,8 +18,11 @@ type Churn struct {
 	NoThrow     bool  // no route throws
 	Steps, Done int   // changes so far, and those that the kernel carried out
 
-	have []kernel.FIBRoute // what was added, mostly still there
+	have []kernel.FIBRoute // what was added last, mostly still there
 }
+
+// remembered is how many: a run may last for hours.
+const remembered = 300
 
 // OneOf picks.
 func OneOf[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
@@ -116,7 +120,9 @@ func (c *Churn) Step() {
 	case n < 11:
 		r := c.route()
 		m = RouteMessage(unix.RTM_NEWROUTE, OneOf[uint16](c.Rand, Create, Prepend, Append, Replace), r)
-		c.have = append(c.have, r)
+		if c.have = append(c.have, r); len(c.have) > remembered {
+			c.have = slices.Delete(c.have, 0, 1)
+		}
 	case n < 17 && len(c.have) > 0:
 		i := c.IntN(len(c.have))
 		r := c.have[i]
