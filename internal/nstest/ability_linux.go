@@ -112,7 +112,7 @@ func inNewNS(fn func() error) error {
 		return err
 	}
 	defer unix.Close(fd)
-	return (&NS{fd}).do(fn)
+	return (&NS{fd: fd}).do(fn)
 }
 
 func probeTUN() error {

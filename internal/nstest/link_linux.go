@@ -23,12 +23,27 @@ func (n *NS) OtherTun(t testing.TB, name string, addrs ...string) *os.File {
 		return configure(name, addrs)
 	})
 	if f != nil {
-		t.Cleanup(func() { f.Close() })
+		n.keepTun(t, name, f)
 	}
 	if err != nil {
 		t.Fatalf("another tun %s: %v", name, err)
 	}
 	return f
+}
+
+// keepTun has a link go at t.Cleanup. One that went earlier gives way to its successor: a test of hours makes many.
+func (n *NS) keepTun(t testing.TB, name string, f *os.File) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if _, again := n.tuns[name]; !again {
+		t.Cleanup(func() {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.tuns[name].Close()
+			delete(n.tuns, name)
+		})
+	}
+	n.tuns[name] = f
 }
 
 // openTun makes a TUN link in the calling thread's namespace.

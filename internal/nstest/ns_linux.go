@@ -3,6 +3,7 @@ package nstest
 import (
 	"fmt"
 	"os"
+	"sync"
 	"testing"
 
 	"example.com/overlay/internal/netns"
@@ -17,7 +18,11 @@ const (
 )
 
 // NS is a network namespace that nothing but an open descriptor keeps alive. All methods may run concurrently.
-type NS struct{ fd int }
+type NS struct {
+	fd   int
+	mu   sync.Mutex
+	tuns map[string]*os.File // see OtherTun
+}
 
 // New makes a network namespace with nothing but lo, up, in it. It is gone at t.Cleanup.
 func New(t testing.TB) *NS {
@@ -27,7 +32,7 @@ func New(t testing.TB) *NS {
 		t.Fatalf("new network namespace: %v", err)
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	return &NS{fd}
+	return &NS{fd: fd, tuns: make(map[string]*os.File)}
 }
 
 // Own returns the namespace of the test process itself, which Main has made for it.
@@ -38,7 +43,7 @@ func Own(t testing.TB) *NS {
 		t.Fatalf("own network namespace: %v", err)
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	return &NS{fd}
+	return &NS{fd: fd, tuns: make(map[string]*os.File)}
 }
 
 // newNS unshares on a thread that netns.Do lends and brings home again.
