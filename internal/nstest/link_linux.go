@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -31,19 +33,25 @@ func (n *NS) OtherTun(t testing.TB, name string, addrs ...string) *os.File {
 	return f
 }
 
-// keepTun has a link go at t.Cleanup. One that went earlier gives way to its successor: a test of hours makes many.
+// keepTun has a link go at t.Cleanup. Those that went earlier, with their descriptor, are forgotten: a test of hours makes many.
 func (n *NS) keepTun(t testing.TB, name string, f *os.File) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if _, again := n.tuns[name]; !again {
-		t.Cleanup(func() {
-			n.mu.Lock()
-			defer n.mu.Unlock()
-			n.tuns[name].Close()
-			delete(n.tuns, name)
-		})
+	kept, again := n.tuns[name]
+	if !again {
+		t.Cleanup(func() { n.closeTuns(name) })
 	}
-	n.tuns[name] = f
+	closed := func(f *os.File) bool { return errors.Is(f.SetDeadline(time.Time{}), os.ErrClosed) }
+	n.tuns[name] = append(slices.DeleteFunc(kept, closed), f)
+}
+
+func (n *NS) closeTuns(name string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, f := range n.tuns[name] {
+		f.Close()
+	}
+	delete(n.tuns, name)
 }
 
 // openTun makes a TUN link in the calling thread's namespace.

@@ -21,7 +21,7 @@ const (
 type NS struct {
 	fd   int
 	mu   sync.Mutex
-	tuns map[string]*os.File // see OtherTun
+	tuns map[string][]*os.File // see OtherTun
 }
 
 // New makes a network namespace with nothing but lo, up, in it. It is gone at t.Cleanup.
@@ -32,7 +32,7 @@ func New(t testing.TB) *NS {
 		t.Fatalf("new network namespace: %v", err)
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	return &NS{fd: fd, tuns: make(map[string]*os.File)}
+	return &NS{fd: fd, tuns: make(map[string][]*os.File)}
 }
 
 // Own returns the namespace of the test process itself, which Main has made for it.
@@ -43,7 +43,7 @@ func Own(t testing.TB) *NS {
 		t.Fatalf("own network namespace: %v", err)
 	}
 	t.Cleanup(func() { unix.Close(fd) })
-	return &NS{fd: fd, tuns: make(map[string]*os.File)}
+	return &NS{fd: fd, tuns: make(map[string][]*os.File)}
 }
 
 // newNS unshares on a thread that netns.Do lends and brings home again.
