@@ -42,8 +42,8 @@ func (v *vector) do(modern, plain uintptr, fd int, parts [][]byte) (n int, err e
 	}
 	base := unsafe.Pointer(unsafe.SliceData(v.iov))
 	if !v.old {
-		// Raw, without a word to the scheduler, because with RWF_NOWAIT it waits for nothing: for small packets that word is a fifth of
-		// the processor time. Without the flag it might, and would hold up the garbage collector.
+		// Raw, without a word to the scheduler, because with RWF_NOWAIT it waits for nothing: small packets feel that word. Without
+		// the flag it might wait, and would hold up the garbage collector.
 		const noPosition = ^uintptr(0)
 		n, err = result(unix.RawSyscall6(modern, uintptr(fd), uintptr(base), uintptr(len(v.iov)), noPosition, noPosition, unix.RWF_NOWAIT))
 		v.old = err == unix.EOPNOTSUPP || err == unix.ENOSYS

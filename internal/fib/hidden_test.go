@@ -80,8 +80,8 @@ func TestSettleThroughNextHop(t *testing.T) {
 	p := netip.MustParsePrefix("2001:db8::/64")
 	for _, test := range []struct{ name, before, got, want string }{
 		{"the only one", "", "2001:db8::/64 nhid 3", "fd00::2*1"},
-		{"named by another's prefix", "", "2001:db8:5::/64 metric 9 nhid 3", "fd00::2*1"},
-		{"named by a group's", "nexthop 4 group 3*2", "2001:db8:5::/64 nhid 4", "fd00::2*1"},
+		{"another is named", "", "2001:db8::/48 metric 9 nhid 3", "fd00::6*1"},
+		{"a group is named", "nexthop 4 group 3*2", "2001:db8::/64 nhid 4", "fd00::6*1"},
 		{"a shorter prefix beside", "created 2001:db8::/48 nhid 3", "2001:db8::/64 nhid 3", "fd00::6*1"},
 		{"a group beside", "nexthop 4 group 3*2\ncreated 2001:db8::/48 nhid 4", "2001:db8::/64 nhid 3", "fd00::6*1"},
 		{"a group that strangers may use", "nexthop 2 via fd01::5 dev 8\nnexthop 4 group 3*2 2*1", "2001:db8::/64 nhid 4", "fd00::6*1"},
@@ -102,6 +102,25 @@ func TestSettleThroughNextHop(t *testing.T) {
 		if a := table.Answer(p); a.String() != test.want {
 			t.Errorf("%s: got %v, want %s", test.name, a, test.want)
 		}
+	}
+}
+
+// What was hidden and leads through a nexthop object is learned from the answer, although another route through the object is known.
+func TestHiddenThroughNextHop(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/64")
+	table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+	table.SetOrder(true, []Step{{Table: someTable, Suppress: -1, To: netip.MustParsePrefix("2001:db8:1::/64")}, {Table: kernel.TableMain, Suppress: -1}})
+	apply(t, table, "nexthop 1 via fd00::6")
+	multipath := parseRoute(t, strings.Fields("2001:db8::/64 via fd01::2 dev 8 via fd01::3 dev 8"))
+	table.Begin(true, true)
+	table.Dumped(&multipath)
+	table.End(true, true)
+	apply(t, table, "created 2001:db8::/64 table 100 nhid 1")
+	apply(t, table, "deleted 2001:db8::/64 via fd01::2 dev 8 via fd01::3 dev 8")
+	got := parseRoute(t, strings.Fields("2001:db8::/64 nhid 1"))
+	table.Settle(p, p.Addr().Next(), &got)
+	if a := table.Answer(p); a.String() != "fd00::6*1" || a.Table != kernel.TableMain {
+		t.Errorf("got %v by table %d", a, a.Table)
 	}
 }
 

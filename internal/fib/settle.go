@@ -74,9 +74,7 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 	if got != nil && (got.Prefix.Addr().Is6() != k.is6 || !got.Prefix.IsValid()) {
 		return hidden
 	}
-	if sole, certain := t.through(got, addr); certain {
-		got = &sole
-	} else if k.is6 && (got == nil && len(t.nextHops) > 0 || got != nil && got.NextHop != 0) {
+	if certain := t.certain(prefix, got, addr); k.is6 && !certain && (got == nil && len(t.nextHops) > 0 || got != nil && got.NextHop != 0) {
 		// IPv6 routes through one nexthop object share its cached entries, which tell of the route that was used first
 		// (net/ipv6/route.c, rt6_get_pcpu_route): prefix, table, metric, even the group are not those of the match. When
 		// that route is gone the kernel answers ENETUNREACH, and goes on to forward.
@@ -137,31 +135,35 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 	return hidden
 }
 
-// through returns which route an IPv6 answer through a nexthop object can be about, whatever else it says, if that is certain: of the
-// routes around addr only one leads through the object, or through a group that shares a leg with it. All of its legs must be ours,
-// so that no stranger's route does.
-func (t *Table) through(got *kernel.FIBRoute, addr netip.Addr) (sole kernel.FIBRoute, certain bool) {
+// certain says whether an IPv6 answer through a nexthop object is about the route that it names. That one is there, or the kernel would
+// answer ENETUNREACH; it is the match if of all known routes around addr no other leads through the object, or through a group that
+// shares a leg with it. All of its legs must be ours, so that no stranger's route does. And where a dump may hide routes it is taken
+// for what was hidden.
+func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Addr) bool {
 	if got == nil || got.NextHop == 0 || !addr.Is6() || !t.allOurs(got.NextHop) {
-		return sole, false
+		return false
 	}
+	if _, veiled := t.veils.prefixes[keyOf(prefix, t.tables[got.Table])]; veiled && got.Prefix == prefix {
+		return true
+	}
+	found := false
 	for bits := addr.BitLen(); bits >= 0; bits-- {
 		p, _ := addr.Prefix(bits)
 		for index, table := range t.cfg.Tables {
 			for i := t.heads[keyOf(p, uint16(index))]; i != 0; i = t.entries.at(i).next {
 				c := t.entries.at(i)
-				r := t.shapes.all[c.shape].route
-				switch {
-				case r.NextHop == 0 || !t.share(r.NextHop, got.NextHop):
-				case certain:
-					return sole, false
-				default:
-					sole, certain = r, true
-					sole.Prefix, sole.Table, sole.Metric = p, table, c.metric
+				id := t.shapes.all[c.shape].route.NextHop
+				if id == 0 || !t.share(id, got.NextHop) {
+					continue
 				}
+				if found || id != got.NextHop || p != got.Prefix || table != got.Table || c.metric != got.Metric {
+					return false
+				}
+				found = true
 			}
 		}
 	}
-	return sole, certain
+	return found
 }
 
 // matters says whether the answer for a prefix is itself doubtful.
