@@ -10,7 +10,7 @@ func (t *Table) Apply(change kernel.Change, r *kernel.FIBRoute) {
 		return
 	}
 	t.windows[k.family()].quiet = false
-	_, veiled := t.veils.prefixes[k]
+	veiled := t.veils.tell(k)
 	if _, known := t.heads[k]; !known && !veiled && change == kernel.Deleted {
 		return
 	}

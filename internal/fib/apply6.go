@@ -166,6 +166,7 @@ func (e *edit) part(lo, hi int, r *kernel.FIBRoute) {
 		if e.chain[at].state&moreAfter != 0 { // what a dump left out behind its first leg may be ours, and shows now
 			e.ask = true
 			e.t.veils.add(e.key, e.t.windows[1].number, nil)
+			e.t.veils.tell(e.key)
 		}
 		e.remove(at)
 		return

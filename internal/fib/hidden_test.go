@@ -117,6 +117,11 @@ func TestHiddenThroughNextHop(t *testing.T) {
 	table.End(true, true)
 	apply(t, table, "created 2001:db8::/64 table 100 nhid 1")
 	apply(t, table, "deleted 2001:db8::/64 via fd01::2 dev 8 via fd01::3 dev 8")
+	other := parseRoute(t, strings.Fields("2001:db8:3::/64 table 100 nhid 1"))
+	table.Settle(p, p.Addr().Next(), &other) // names another: a dump shows what the multipath hid
+	if !table.ResyncNeeded() || table.ResyncNeeded() {
+		t.Error("no dump is wanted, or more than one")
+	}
 	got := parseRoute(t, strings.Fields("2001:db8::/64 nhid 1"))
 	table.Settle(p, p.Addr().Next(), &got)
 	if a := table.Answer(p); a.String() != "fd00::6*1" || a.Table != kernel.TableMain {

@@ -83,6 +83,7 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 			hidden = got.Prefix
 		}
 		t.untold[k] = struct{}{}
+		t.resync = t.needDump(k) || t.resync
 		return hidden
 	}
 	longer := got != nil && got.Prefix.Bits() > prefix.Bits()

@@ -93,7 +93,7 @@ func New(cfg Config) *Table {
 		stale:    make(map[uint32]bool),
 		missing:  make(map[uint32]bool),
 		untold:   make(map[key]struct{}),
-		veils:    veils{make(map[key]uint8), make(map[int32]uint8)},
+		veils:    veils{make(map[key]veil), make(map[int32]uint8)},
 	}
 	t.shapes.init()
 	t.edit.t = t

@@ -169,21 +169,49 @@ func (e *edit) excuse(lo, hi int) {
 // there, the kernel is asked what it answers now. That is so of strangers' multipaths alone, and where one of ours has gone;
 // what one of ours hides its own entry says.
 type veils struct {
-	prefixes map[key]uint8   // by the number of the dump that showed it last
-	links    map[int32]uint8 // of the legs, likewise
+	prefixes map[key]veil
+	links    map[int32]uint8 // of the legs, with the number of the dump that showed one last
+}
+
+type veil struct {
+	seen uint8 // number of the dump that showed it last
+	told bool  // since then something was announced there
 }
 
 func (v *veils) add(k key, number uint8, legs []kernel.Leg) {
-	v.prefixes[k] = number
+	v.prefixes[k] = veil{seen: number}
 	for _, leg := range legs {
 		v.links[leg.Link] = number
 	}
 }
 
+// tell notes that something was announced of k, and says whether there may be hidden routes.
+func (v *veils) tell(k key) bool {
+	veil, ok := v.prefixes[k]
+	if ok {
+		veil.told = true
+		v.prefixes[k] = veil
+	}
+	return ok
+}
+
+// needDump says, once, that an answer has told nothing of what may be hidden in any table at the prefix of k, though something was
+// announced there: if the multipath has gone a dump shows it.
+func (t *Table) needDump(k key) (needed bool) {
+	for table := range t.cfg.Tables {
+		k.table = uint16(table)
+		if veil := t.veils.prefixes[k]; veil.told {
+			needed, veil.told = true, false
+			t.veils.prefixes[k] = veil
+		}
+	}
+	return needed
+}
+
 // sweep takes away what a dump has not shown.
 func (v *veils) sweep(number uint8) {
 	old := func(seen uint8) bool { return seen != number }
-	maps.DeleteFunc(v.prefixes, func(_ key, seen uint8) bool { return old(seen) })
+	maps.DeleteFunc(v.prefixes, func(_ key, v veil) bool { return old(v.seen) })
 	maps.DeleteFunc(v.links, func(_ int32, seen uint8) bool { return old(seen) })
 }
 
