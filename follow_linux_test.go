@@ -101,6 +101,7 @@ func TestFollow(t *testing.T) {
 	l.wantRoute(d, "10.8.0.1", "10.42.0.8")
 	cfg = following1()
 	cfg.SystemRoutes = nil
+	eventually(t, "the network is put back", func() bool { return strings.Contains(l.ip("route show 10.42.0.0/24"), name) })
 	l.ip("route add 10.9.0.0/16 via 10.42.0.9")
 	l.wantRoute(d, "10.9.0.1", "10.42.0.9")
 	l.reload(d, cfg)
