@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const patience = 10 * time.Second
+const patience = 30 * time.Second // a handshake that is lost is tried again after five seconds, and that may be lost too
 
 // helperDaemon is the program itself in a process of its own, which at its end also looks for what it has left.
 const helperDaemon = "wireguard"
