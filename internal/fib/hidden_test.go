@@ -69,7 +69,7 @@ func TestVeils(t *testing.T) {
 		t.Error("asked although nothing can be hidden any more")
 	}
 	dumped(table, true)
-	if asked(table, "deleted 2001:db8::/65 via fd01::3 dev 8") || table.Depends(otherLink) {
+	if asked(table, "deleted 2001:db8::/65 via fd01::3 dev 8") || table.Depends(otherLink) || table.Doubtful() != 0 {
 		t.Error("not forgotten after a dump without it")
 	}
 }
@@ -155,6 +155,37 @@ func TestReplacedInstead(t *testing.T) {
 		table.Settle(p, p.Addr().Next(), &got)
 		if a := table.Answer(p); a.String() != test.want {
 			t.Errorf("%s: got %v, want %s", test.name, a, test.want)
+		}
+	}
+}
+
+// Of two routes the first has gone untold, so that what replaces the first of its kind takes the second's place.
+func TestReplacedAfterTheFirstHasGone(t *testing.T) {
+	for _, test := range []struct{ first, second, last string }{
+		{"192.0.2.0/24 via 10.0.0.2", "192.0.2.0/24 via 10.0.0.3", "192.0.2.0/24 via 10.0.0.4"},
+		{"192.0.2.0/24 via 10.0.0.2", "192.0.2.0/24 via 10.0.0.3", "192.0.2.0/24 via 10.0.1.4 dev 8"},
+		{"2001:db8::/64 on 7", "2001:db8::/64 on 7 detail b", "2001:db8::/64 on 7 detail c"},
+		{"2001:db8::/64 on 7", "2001:db8::/64 on 7 detail b", "2001:db8::/64 on 8"},
+		{"2001:db8::/64 via fd00::2", "2001:db8::/64 on 7", "2001:db8::/64 via fd00::3"},
+		{"2001:db8::/64 via fd00::2", "2001:db8::/64 on 7", "2001:db8::/64 via fd01::3 dev 8"},
+	} {
+		table := New(Config{Link: ourLink})
+		apply(t, table, "created "+test.first)
+		apply(t, table, "appended "+test.second)
+		r := parseRoute(t, strings.Fields(test.second))
+		p := r.Prefix
+		table.Begin(p.Addr().Is6(), true)
+		table.Dumped(&r)
+		table.End(p.Addr().Is6(), false) // proves nothing: the first is in doubt
+		table.Doubts(false)
+		apply(t, table, "replaced "+test.last)
+		apply(t, table, "deleted "+test.last)
+		if !slices.Equal(table.Doubts(false), []netip.Prefix{p}) {
+			t.Errorf("%s: not asked about the second", test.last)
+		}
+		table.Settle(p, p.Addr().Next(), nil)
+		if a := table.Answer(p); a.Kind != Absent {
+			t.Errorf("%s: got %v", test.last, a)
 		}
 	}
 }

@@ -144,8 +144,10 @@ func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Ad
 	if got == nil || got.NextHop == 0 || !addr.Is6() || !t.allOurs(got.NextHop) {
 		return false
 	}
-	if _, veiled := t.veils.prefixes[keyOf(prefix, t.tables[got.Table])]; veiled && got.Prefix == prefix {
-		return true
+	if index, ok := t.tables[got.Table]; ok && got.Prefix == prefix {
+		if _, veiled := t.veils.prefixes[keyOf(prefix, index)]; veiled {
+			return true
+		}
 	}
 	found := false
 	for bits := addr.BitLen(); bits >= 0; bits-- {

@@ -208,11 +208,16 @@ func (t *Table) needDump(k key) (needed bool) {
 	return needed
 }
 
-// sweep takes away what a dump has not shown.
-func (v *veils) sweep(number uint8) {
-	old := func(seen uint8) bool { return seen != number }
-	maps.DeleteFunc(v.prefixes, func(_ key, v veil) bool { return old(v.seen) })
-	maps.DeleteFunc(v.links, func(_ int32, seen uint8) bool { return old(seen) })
+// sweep takes away what a dump has not shown, and returns its prefixes.
+func (v *veils) sweep(number uint8) (gone []key) {
+	for k, veil := range v.prefixes {
+		if veil.seen != number {
+			gone = append(gone, k)
+			delete(v.prefixes, k)
+		}
+	}
+	maps.DeleteFunc(v.links, func(_ int32, seen uint8) bool { return seen != number })
+	return gone
 }
 
 func (e *edit) shapeJoins(shape uint32) bool { return e.t.shapes.all[shape].joins }
@@ -269,7 +274,11 @@ func (t *Table) End(is6, quiet bool) (removed int) {
 		}
 	}
 	if is6 && quiet && w.whole {
-		t.veils.sweep(w.number)
+		for _, k := range t.veils.sweep(w.number) {
+			if t.heads[k] == 0 {
+				delete(t.doubts, k) // that another answer has hidden, perhaps
+			}
+		}
 	}
 	w.open = false
 	clear(w.gone)
