@@ -29,6 +29,12 @@ func TestUnknownBehindMultipath(t *testing.T) {
 	if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
 		t.Fatalf("in doubt: %v", doubts)
 	}
+	stranger := parseRoute(t, []string{"2001:db8::/49", "type", "7"})
+	table.Settle(p, p.Addr(), &stranger) // behind which there may be more
+	apply(t, table, "deleted 2001:db8::/49 type 7")
+	if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+		t.Fatalf("in doubt behind a stranger's: %v", doubts)
+	}
 	got = parseRoute(t, []string{"2001:db8::/49", "via", "fd00::3"})
 	table.Settle(p, p.Addr(), &got)
 	if a := table.Answer(p); a.String() != "fd00::3*1" || table.Doubtful() != 0 {
@@ -58,6 +64,11 @@ func TestVeils(t *testing.T) {
 	}
 	if !asked(table, "deleted 2001:db8::/64 via fd01::2 dev 8") {
 		t.Error("not asked about what a leg may have hidden")
+	}
+	mixed := New(Config{Link: ourLink})
+	dumped(mixed, true, parseRoute(t, strings.Fields("2001:db8::/64 via fd00::2 via fd01::3 dev 8")))
+	if !mixed.Depends(otherLink) {
+		t.Error("what hides behind another's leg does not count")
 	}
 	multipath.Prefix = netip.MustParsePrefix("2001:db8::/65")
 	dumped(table, false, multipath)
@@ -105,27 +116,43 @@ func TestSettleThroughNextHop(t *testing.T) {
 	}
 }
 
-// What was hidden and leads through a nexthop object is learned from the answer, although another route through the object is known.
+// What was hidden and leads through a nexthop object is learned from the answer, although another route through the object is known;
+// if the answer names that one, a dump is wanted.
 func TestHiddenThroughNextHop(t *testing.T) {
 	p := netip.MustParsePrefix("2001:db8::/64")
-	table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
-	table.SetOrder(true, []Step{{Table: someTable, Suppress: -1, To: netip.MustParsePrefix("2001:db8:1::/64")}, {Table: kernel.TableMain, Suppress: -1}})
-	apply(t, table, "nexthop 1 via fd00::6")
-	multipath := parseRoute(t, strings.Fields("2001:db8::/64 via fd01::2 dev 8 via fd01::3 dev 8"))
-	table.Begin(true, true)
-	table.Dumped(&multipath)
-	table.End(true, true)
-	apply(t, table, "created 2001:db8::/64 table 100 nhid 1")
-	apply(t, table, "deleted 2001:db8::/64 via fd01::2 dev 8 via fd01::3 dev 8")
-	other := parseRoute(t, strings.Fields("2001:db8:3::/64 table 100 nhid 1"))
-	table.Settle(p, p.Addr().Next(), &other) // names another: a dump shows what the multipath hid
-	if !table.ResyncNeeded() || table.ResyncNeeded() {
-		t.Error("no dump is wanted, or more than one")
+	for name, multipath := range map[string]string{"others'": "2001:db8::/64 via fd01::2 dev 8 via fd01::3 dev 8", "ours": "2001:db8::/64 via fd00::2 via fd00::3"} {
+		table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+		table.SetOrder(true, []Step{{Table: someTable, Suppress: -1, To: netip.MustParsePrefix("2001:db8:1::/64")}, {Table: kernel.TableMain, Suppress: -1}})
+		apply(t, table, "nexthop 1 via fd00::6")
+		r := parseRoute(t, strings.Fields(multipath))
+		table.Begin(true, true)
+		table.Dumped(&r)
+		table.End(true, true)
+		apply(t, table, "created 2001:db8::/64 table 100 nhid 1")
+		apply(t, table, "deleted "+multipath)
+		other := parseRoute(t, strings.Fields("2001:db8:3::/64 table 100 nhid 1"))
+		table.Settle(p, p.Addr().Next(), &other)
+		if !table.ResyncNeeded() || table.ResyncNeeded() {
+			t.Errorf("%s: no dump is wanted, or more than one", name)
+		}
+		got := parseRoute(t, strings.Fields("2001:db8::/64 nhid 1"))
+		table.Settle(p, p.Addr().Next(), &got)
+		if a := table.Answer(p); a.String() != "fd00::6*1" || a.Table != kernel.TableMain {
+			t.Errorf("%s: got %v by table %d", name, a, a.Table)
+		}
 	}
-	got := parseRoute(t, strings.Fields("2001:db8::/64 nhid 1"))
-	table.Settle(p, p.Addr().Next(), &got)
-	if a := table.Answer(p); a.String() != "fd00::6*1" || a.Table != kernel.TableMain {
-		t.Errorf("got %v by table %d", a, a.Table)
+}
+
+// A nexthop object that is asked for, because routes lead through it, may be another than the one that they led through.
+func TestNextHopMadeAgain(t *testing.T) {
+	table := New(Config{Link: ourLink})
+	apply(t, table, "created 192.0.2.0/24 nhid 7 via 10.0.0.2")
+	if ids := table.MissingNextHops(); !slices.Equal(ids, []uint32{7}) {
+		t.Errorf("missing: %v", ids)
+	}
+	apply(t, table, "nexthop 7 via 10.0.0.3")
+	if !table.ResyncNeeded() {
+		t.Error("no dump is wanted")
 	}
 }
 
@@ -175,8 +202,8 @@ func TestReplacedAfterTheFirstHasGone(t *testing.T) {
 		r := parseRoute(t, strings.Fields(test.second))
 		p := r.Prefix
 		table.Begin(p.Addr().Is6(), true)
-		table.Dumped(&r)
-		table.End(p.Addr().Is6(), false) // proves nothing: the first is in doubt
+		table.End(p.Addr().Is6(), false) // proves nothing: both are in doubt
+		apply(t, table, "refreshed "+test.second)
 		table.Doubts(false)
 		apply(t, table, "replaced "+test.last)
 		apply(t, table, "deleted "+test.last)

@@ -21,10 +21,10 @@ func (t *Table) SetNextHop(n kernel.NextHop) {
 	}
 	untold := t.missing[n.ID]
 	delete(t.missing, n.ID)
-	if untold && len(t.shapes.byNextHop[n.ID]) > 0 {
+	old := t.nextHops[n.ID]
+	if old == nil && len(t.shapes.byNextHop[n.ID]) > 0 {
 		t.resync = true // it may be a new one: then the routes through the one before have gone
 	}
-	old := t.nextHops[n.ID]
 	if old != nil {
 		for _, member := range old.Group {
 			removeFrom(t.memberOf, member.ID, n.ID)
