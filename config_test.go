@@ -271,7 +271,7 @@ func FuzzValidate(f *testing.F) {
 		if len(want.addresses) != 1 || want.ipv6 && c.deviceMTU() < minIPv6MTU {
 			t.Errorf("%+v asks for %+v", c, want)
 		}
-		if said, ok := staticLayer(&c, new(gatewayPool), nil).Lookup(p.Addr()); !ok || said.gateways.Len() > 1 {
+		if said, ok := staticLayer(&c, new(gatewayPool)).Lookup(p.Addr()); !ok || said.gateways.Len() > 1 {
 			t.Errorf("no route to %v in %+v", p, c)
 		}
 	})

@@ -22,7 +22,7 @@ func (c *core) sealed() {}
 // publish puts a valid Config in force as far as the kernel has no part in it: its routes into the tree, its logger.
 func (c *core) publish(cfg *Config) {
 	c.logTo(cfg.Logger)
-	c.tree.replace(staticLayer(cfg, &c.tree.pool, nil))
+	c.tree.replace(staticLayer(cfg, &c.tree.pool))
 }
 
 func (c *core) logTo(log logrus.FieldLogger) {

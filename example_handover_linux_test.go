@@ -31,7 +31,8 @@ func Example_handOver() {
 }
 
 // handOver closes dev, waits for the loops that carry its packets, and sends its descriptors. In this order no packet is lost, nor
-// overtaken: what comes meanwhile waits in the device, Config.TxQueueLen packets a queue.
+// overtaken: what comes meanwhile waits in the device, Config.TxQueueLen packets a queue. Without a successor to send them to, the
+// device ends here as any other: Config.Persist, or a service manager that keeps the descriptors, outlives that.
 func handOver(dev overlay.Device, loops *sync.WaitGroup, successor *net.UnixConn) error {
 	var fds []int
 	for _, q := range dev.Queues() {

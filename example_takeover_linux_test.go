@@ -73,6 +73,8 @@ func daemon(kept map[string][]int, stop <-chan os.Signal) error {
 	return carry(dev, socket, stop)
 }
 
+// openDevice adopts what was kept. A device that does not fit config any longer, by its name say, is refused: who changes what is
+// fixed for a device's life stops the unit first, with which systemd lets go of what it keeps.
 func openDevice(fds []int) (overlay.Device, error) {
 	if len(fds) > 0 {
 		return overlay.Adopt(config, fds...)

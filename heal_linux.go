@@ -267,6 +267,6 @@ func (d *tunDevice) newShadows(run *execution, want *desired) []shadow {
 			ask = append(ask, r)
 		}
 	}
-	ask, looked := asked(ask)
-	return d.someShadows(run.now, want, &d.cfg, ask, looked)
+	ask = asked(ask)
+	return d.someShadows(run.now, want, &d.cfg, ask, prefixesOf(ask))
 }

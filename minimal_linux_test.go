@@ -99,7 +99,7 @@ func (l *lab) wantInForce(d *tunDevice) {
 		l.Errorf("%d routes, want %d", len(have.routes), len(want.routes))
 	}
 	var tree routeTree
-	tree.replace(staticLayer(&d.cfg, &d.tree.pool, nil))
+	tree.replace(staticLayer(&d.cfg, &d.tree.pool))
 	fresh := State{table: tree.current.Load()}
 	next, stop := iter.Pull2(fresh.Routes())
 	defer stop()

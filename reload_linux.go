@@ -71,7 +71,7 @@ func (d *tunDevice) enforce(next *Config, changes routeChanges) error {
 		run.before = d.supposed()
 		return d.converge("reload", next, run) // things are not as we thought: look
 	}
-	d.tellShadows(d.someShadows(&observed{}, &want, next, d.installed(next, &want, changes.prefixes), changes.prefixes))
+	d.tellShadows(d.someShadows(&observed{}, &want, next, d.worthAsking(next, &want, changes.prefixes), changes.prefixes))
 	return nil
 }
 

@@ -104,7 +104,7 @@ func TestProbes(t *testing.T) {
 		{Prefix: p("fd09::/16")},
 	}}
 	var tree routeTree
-	tree.replace(staticLayer(&c, &tree.pool, nil))
+	tree.replace(staticLayer(&c, &tree.pool))
 	probes := newProbes(c.Networks, tree.longest)
 	for prefix, want := range map[string]string{
 		"10.1.0.0/24": "10.1.0.2", "fd01::/64": "fd01::2", "10.0.0.0/8": "10.192.0.0", "10.0.0.0/9": "10.0.0.1", "10.9.9.9/32": "10.9.9.9",

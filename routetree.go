@@ -41,16 +41,14 @@ func merge(static offer, inStatic bool, learned offer, inLearned bool) (Gateways
 // few /64s each the trie keeps more, 140. One map by netip.Prefix keeps 98.
 type layer struct{ bart.Table[offer] }
 
-// compete puts o in if its metric is no worse: of several routes for one prefix the lowest metric answers, of equals the last.
-// That one of the equals is not in the kernel's hands is enough to be steer-only.
-func (l *layer) compete(p netip.Prefix, o offer) {
-	if have, ok := l.Get(p); ok {
-		if have.metric < o.metric {
-			return
-		}
-		o.steerOnly = o.steerOnly || have.steerOnly && have.metric == o.metric
+// over returns what is said of a prefix when o is said of it beside have: of several routes the lowest metric answers, of equals the
+// last. That one of the equals is not in the kernel's hands is enough to be steer-only.
+func (o offer) over(have offer) offer {
+	if have.metric < o.metric {
+		return have
 	}
-	l.Insert(p, o)
+	o.steerOnly = o.steerOnly || have.steerOnly && have.metric == o.metric
+	return o
 }
 
 // source is what the tree asks of a layer, with its lock held.
@@ -75,21 +73,43 @@ func differing(was, is source) []netip.Prefix {
 	return prefixes
 }
 
-// staticLayer is what a valid Config says of the prefixes in only (nil: of all); a pure function of it, but for the gateways'
-// identity, which is the pool's. A network competes as its connected route.
-func staticLayer(c *Config, pool *gatewayPool, only map[netip.Prefix]bool) *layer {
+// staticLayer is what a valid Config says; a pure function of it, but for the gateways' identity, which is the pool's.
+func staticLayer(c *Config, pool *gatewayPool) *layer {
 	l := new(layer)
+	eachOffer(c, pool, nil, func(p netip.Prefix, o offer) {
+		if have, ok := l.Get(p); ok {
+			o = o.over(have)
+		}
+		l.Insert(p, o)
+	})
+	return l
+}
+
+// offersFor is what it says of some prefixes: a map, as nobody looks for the longest prefix there.
+func offersFor(c *Config, pool *gatewayPool, only map[netip.Prefix]bool) map[netip.Prefix]offer {
+	said := make(map[netip.Prefix]offer, len(only))
+	eachOffer(c, pool, only, func(p netip.Prefix, o offer) {
+		if have, ok := said[p]; ok {
+			o = o.over(have)
+		}
+		said[p] = o
+	})
+	return said
+}
+
+// eachOffer goes through all that a valid Config says of the prefixes in only (nil: of all). A network competes as its connected
+// route.
+func eachOffer(c *Config, pool *gatewayPool, only map[netip.Prefix]bool, say func(netip.Prefix, offer)) {
 	for i := range c.Routes {
 		if r := &c.Routes[i]; only == nil || only[r.Prefix] {
-			l.compete(r.Prefix, offer{gateways: pool.intern(r.Via), metric: c.keyOf(r).Metric, steerOnly: r.NoInstall})
+			say(r.Prefix, offer{gateways: pool.intern(r.Via), metric: c.keyOf(r).Metric, steerOnly: r.NoInstall})
 		}
 	}
 	for _, network := range c.Networks {
 		if key := connectedKey(network); only == nil || only[key.Prefix] {
-			l.compete(key.Prefix, offer{metric: key.Metric})
+			say(key.Prefix, offer{metric: key.Metric})
 		}
 	}
-	return l
 }
 
 // change is one for a layer: of prefix it says offer from now on or, gone, nothing.
@@ -360,12 +380,14 @@ func (c *core) publishTouched(cfg *Config, touched map[netip.Prefix]bool) {
 
 // says sorts the touched prefixes into those of which cfg says something, and the others.
 func (t *routeTree) says(cfg *Config, touched map[netip.Prefix]bool) (say, forget []change) {
-	next := staticLayer(cfg, &t.pool, touched)
-	say = make([]change, 0, len(touched))
+	said := offersFor(cfg, &t.pool, touched)
+	say = make([]change, 0, len(said))
+	for p, o := range said {
+		say = append(say, change{prefix: p, offer: o})
+	}
+	forget = make([]change, 0, len(touched)-len(said))
 	for p := range touched {
-		if o, ok := next.Get(p); ok {
-			say = append(say, change{prefix: p, offer: o})
-		} else {
+		if _, ok := said[p]; !ok {
 			forget = append(forget, change{prefix: p, gone: true})
 		}
 	}

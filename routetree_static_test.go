@@ -44,13 +44,13 @@ func TestStaticLayerOfConfig(t *testing.T) {
 		netip.MustParsePrefix("fd00::/64"):   say(255, false, "fd00::2"),
 		netip.MustParsePrefix("fd01::/64"):   say(defaultMetricIPv6, false, "fd00::2"),
 	}
-	if got := maps.Collect(staticLayer(&c, &pool, nil).All()); !maps.Equal(got, want) {
+	if got := maps.Collect(staticLayer(&c, &pool).All()); !maps.Equal(got, want) {
 		t.Errorf("the static layer is %v\nwant %v", got, want)
 	}
 	only := map[netip.Prefix]bool{netip.MustParsePrefix("10.2.0.0/16"): true, netip.MustParsePrefix("10.0.0.0/24"): true}
 	maps.DeleteFunc(want, func(p netip.Prefix, _ offer) bool { return !only[p] })
-	if got := maps.Collect(staticLayer(&c, &pool, only).All()); !maps.Equal(got, want) {
-		t.Errorf("of %v the static layer says %v\nwant %v", only, got, want)
+	if got := offersFor(&c, &pool, only); !maps.Equal(got, want) {
+		t.Errorf("of %v the Config says %v\nwant %v", only, got, want)
 	}
 }
 
@@ -58,7 +58,7 @@ func TestStaticLayerOfConfig(t *testing.T) {
 func treeHolds(t *testing.T, step string, c *core, want *Config, also ...netip.Prefix) {
 	t.Helper()
 	all := make(map[netip.Prefix]Gateways)
-	for p, o := range staticLayer(want, &c.tree.pool, nil).All() {
+	for p, o := range staticLayer(want, &c.tree.pool).All() {
 		all[p] = o.gateways
 	}
 	for _, p := range also {

@@ -40,17 +40,21 @@ func setOf(list []shadow) map[shadow]bool {
 	return set
 }
 
-// asked are the routes of which the kernel can be asked who answers for them, with their prefixes: other tables are consulted by
-// rules only.
-func asked(routes []kernel.Route) (main []kernel.Route, prefixes map[netip.Prefix]bool) {
-	prefixes = make(map[netip.Prefix]bool, len(routes))
-	for _, r := range routes {
-		if r.Table == kernel.TableMain {
-			main = append(main, r)
-			prefixes[r.Prefix] = true
-		}
+// asked are the routes of which the kernel can be asked who answers for them: other tables are consulted by rules only.
+func asked(routes []kernel.Route) []kernel.Route {
+	elsewhere := func(r kernel.Route) bool { return r.Table != kernel.TableMain }
+	if !slices.ContainsFunc(routes, elsewhere) { // as they are: there may be a hundred thousand
+		return routes
 	}
-	return main, prefixes
+	return slices.DeleteFunc(slices.Clone(routes), elsewhere)
+}
+
+func prefixesOf(routes []kernel.Route) map[netip.Prefix]bool {
+	prefixes := make(map[netip.Prefix]bool, len(routes))
+	for i := range routes {
+		prefixes[routes[i].Prefix] = true
+	}
+	return prefixes
 }
 
 // sharesKeys says whether somebody else's route through the device has the key of one of ours.

@@ -38,8 +38,14 @@ func (d *tunDevice) someShadows(have *observed, want *desired, cfg *Config, rout
 	return news
 }
 
-// installed are those of cfg's routes for these prefixes that are in the main table.
-func (d *tunDevice) installed(cfg *Config, want *desired, prefixes map[netip.Prefix]bool) (routes []kernel.Route) {
+// worthAsking are those of cfg's routes for these prefixes of which it is worth asking who answers: in the main table, and, where
+// they are many, with a rival.
+func (d *tunDevice) worthAsking(cfg *Config, want *desired, prefixes map[netip.Prefix]bool) (routes []kernel.Route) {
+	if len(prefixes) > fewQuestions {
+		if rivals, ok := d.rivals(func(p netip.Prefix) bool { return prefixes[p] }, want.protocol); ok {
+			prefixes = rivals
+		}
+	}
 	if len(prefixes) == 0 {
 		return nil
 	}
@@ -73,10 +79,11 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes
 	for _, r := range obscured(have, want) {
 		note(ownShadow(r, have.link.Name))
 	}
-	routes, _ = asked(routes)
-	const few = 256
-	if len(routes) > few { // then a look at all that others have is cheaper
-		routes = d.rivalled(routes, want.protocol)
+	routes = asked(routes)
+	if len(routes) > fewQuestions {
+		if rivals, ok := d.rivals(d.tree.routed, want.protocol); ok {
+			routes = slices.DeleteFunc(slices.Clone(routes), func(r kernel.Route) bool { return !rivals[r.Prefix] })
+		}
 	}
 	probes := newProbes(cfg.Networks, d.tree.longest)
 	var questions []question
@@ -101,23 +108,27 @@ func (d *tunDevice) shadowsOf(have *observed, want *desired, cfg *Config, routes
 	return found
 }
 
-// rivalled returns those of the routes for whose very prefix somebody else has a route, through whatever interface, or none.
-func (d *tunDevice) rivalled(routes []kernel.Route, protocol uint8) []kernel.Route {
+// fewQuestions is how many there may be before a look at all that others have is cheaper.
+const fewQuestions = 256
+
+// rivals are the concerned prefixes for which somebody else has a route of that very prefix, through whatever interface; false: they
+// cannot be told.
+func (d *tunDevice) rivals(concerned func(netip.Prefix) bool, protocol uint8) (map[netip.Prefix]bool, bool) {
 	rivals := make(map[netip.Prefix]bool)
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		request := rtnl.GetAllRoutes(family)
 		request.Keep = func(m rtnl.Message) bool {
 			prefix, by := rtnl.PeekRoute(m)
-			if (by != protocol || rtnl.PeekLink(m) != d.index) && d.tree.routed(prefix) { // another device of ours is a rival too
+			if (by != protocol || rtnl.PeekLink(m) != d.index) && concerned(prefix) { // another device of ours is a rival too
 				rivals[prefix] = true
 			}
 			return false
 		}
 		if _, err := d.ctl.Dump(request); err != nil {
-			return routes // ask about all, then
+			return nil, false
 		}
 	}
-	return slices.DeleteFunc(slices.Clone(routes), func(r kernel.Route) bool { return !rivals[r.Prefix] })
+	return rivals, true
 }
 
 // ownShadow is cast by a route through the device itself.

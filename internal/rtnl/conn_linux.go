@@ -131,7 +131,11 @@ func (c *Conn) exchange(requests []Message, results []Result) error {
 	}
 	first := c.seq + 1
 	c.seq += uint32(len(requests))
-	var out []byte
+	room := 0
+	for i := range requests {
+		room += align(headerLen + len(requests[i].Body))
+	}
+	out := make([]byte, 0, room)
 	for i, m := range requests {
 		m.Seq = first + uint32(i)
 		m.Flags |= unix.NLM_F_REQUEST
