@@ -35,7 +35,7 @@ type daemon struct {
 // start puts a file in force. Until Close the daemon owns the interface and its socket; on error nothing is left of either. With ctx
 // the clients of the socket end: a reload may be waiting for one of them.
 func start(ctx context.Context, path string, log *logrus.Logger) (_ *daemon, err error) {
-	s, err := load(ctx, path)
+	s, err := load(ctx, path, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -101,22 +101,34 @@ func (d *daemon) serve(ctx context.Context) error {
 	}
 }
 
-// reload puts the file in force as it is now; on error what was in force stays so.
+// reload puts the file in force as it is now, but for a port that the file does not have any more: that stays. On error what was in
+// force stays so, unless the error says that there was no way back.
 func (d *daemon) reload(ctx context.Context) error {
-	next, err := load(ctx, d.path)
+	next, err := load(ctx, d.path, d.settings)
 	if err != nil {
 		return err
 	}
 	next.cfg.Logger = d.log
 	if err := d.dev.Reload(next.cfg); err != nil {
+		if errors.Is(err, overlay.ErrPartial) {
+			return back(err, d.dev.Reload(d.settings.cfg))
+		}
 		return err
 	}
 	if err := d.set(next); err != nil {
-		return errors.Join(err, d.dev.Reload(d.settings.cfg), d.set(d.settings))
+		return back(err, errors.Join(d.dev.Reload(d.settings.cfg), d.set(d.settings)))
 	}
 	d.settings = next
 	d.tell("reloaded")
 	return nil
+}
+
+// back adds to an error what became of the way back.
+func back(err, back error) error {
+	if back != nil {
+		return fmt.Errorf("%w; and there is no way back: %w", err, back)
+	}
+	return fmt.Errorf("%w; what was in force is so again", err)
 }
 
 // set puts WireGuard's half in force.
@@ -137,7 +149,8 @@ func (d *daemon) tell(what string) {
 	d.log.WithFields(logrus.Fields{"peers": len(s.peers), "routes": len(s.cfg.Routes), "mtu": s.cfg.MTU}).Info(what)
 }
 
-// Close takes the interface and its socket away, and waits for every goroutine.
+// Close takes the interface and its socket away, and waits for those that serve clients. The tunnel's and the listener's goroutines end
+// soon after.
 func (d *daemon) Close() error {
 	d.cancel() // the clients first: one of them may be in the middle of a "set", which the others wait for
 	var err error

@@ -293,8 +293,13 @@ func (h *host) wantEnd(code int, says string) {
 	go func() { ended <- h.daemon.Wait() }()
 	select {
 	case err := <-ended:
-		var exit *exec.ExitError
-		if got := 0; errors.As(err, &exit) && exit.ExitCode() != code || err == nil && code != got || !strings.Contains(h.daemon.Output(), says) {
+		got := 0
+		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+			got = exit.ExitCode()
+		} else if err != nil {
+			got = -1 // it cannot be waited for
+		}
+		if got != code || !strings.Contains(h.daemon.Output(), says) {
 			h.Errorf("the daemon ended with %v, want exit code %d and %q\n%s", err, code, says, h.daemon.Output())
 		}
 	case <-time.After(patience):

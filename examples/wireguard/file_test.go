@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"reflect"
 	"strings"
@@ -207,7 +208,7 @@ func TestCommands(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := &settings{file: f}
-		if s.endpoints, err = f.resolve(t.Context()); err != nil {
+		if s.endpoints, err = f.resolve(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
 		return s
@@ -226,7 +227,7 @@ func TestCommands(t *testing.T) {
 		{
 			"at first", "", nil,
 			minimal("ListenPort = 5\nFwMark = 8\n", "AllowedIPs = 10.0.0.2/32\nEndpoint = 192.0.2.2:7\n"),
-			"private_key=" + hex("01") + "\nfwmark=8\nlisten_port=5\n" + first + "endpoint=192.0.2.2:7\nallowed_ip=10.0.0.2/32\n",
+			"listen_port=5\nprivate_key=" + hex("01") + "\nfwmark=8\n" + first + "endpoint=192.0.2.2:7\nallowed_ip=10.0.0.2/32\n",
 		},
 		{
 			"a stranger's peer goes, a roaming one is left where it is", have, before,
@@ -236,7 +237,7 @@ func TestCommands(t *testing.T) {
 		{
 			"another endpoint, other addresses, another port", have, before,
 			minimal("ListenPort = 6\n", "AllowedIPs = 10.0.0.2/32, 10.0.0.4/32\nEndpoint = 192.0.2.3:7\n"),
-			own + "listen_port=6\n" + gone + first + "endpoint=192.0.2.3:7\nallowed_ip=10.0.0.4/32\nallowed_ip=-10.0.0.3/32\n",
+			"listen_port=6\n" + own + gone + first + "endpoint=192.0.2.3:7\nallowed_ip=10.0.0.4/32\nallowed_ip=-10.0.0.3/32\n",
 		},
 		{
 			"no port of its own", have, before,
@@ -244,12 +245,35 @@ func TestCommands(t *testing.T) {
 		},
 		{
 			"no port of its own, and none is open", strings.Replace(have, "listen_port=5\n", "", 1), before,
-			minimal("", "AllowedIPs = 10.0.0.2/32, 10.0.0.3/32\n"), own + "listen_port=0\n" + gone + first,
+			minimal("", "AllowedIPs = 10.0.0.2/32, 10.0.0.3/32\n"), "listen_port=0\n" + own + gone + first,
 		},
 	}
 	for _, test := range tests {
 		if got := parse(test.text).commands(test.before, test.have); got != test.want {
 			t.Errorf("%s:\n%s, want\n%s", test.name, got, test.want)
+		}
+	}
+}
+
+// Of a host's addresses the one in use stays, in whatever order they are told: another would interrupt what goes on.
+func TestResolveKeepsWhatIsKnown(t *testing.T) {
+	f, err := parseFile("wg0.conf", minimal("", "Endpoint = localhost:7\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := f.peers[0].publicKey.value
+	addrs, err := net.DefaultResolver.LookupNetIP(t.Context(), "ip", "localhost")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range append(addrs, netip.MustParseAddr("192.0.2.1")) {
+		want := netip.AddrPortFrom(a.Unmap(), 7)
+		if a.String() == "192.0.2.1" { // it is localhost's no longer
+			want = netip.AddrPortFrom(addrs[0].Unmap(), 7)
+		}
+		got, err := f.resolve(t.Context(), map[key]netip.AddrPort{public: netip.AddrPortFrom(a.Unmap(), 8)})
+		if err != nil || got[public] != want {
+			t.Errorf("where %v is known: %v, %v, want %v", a, got[public], err, want)
 		}
 	}
 }

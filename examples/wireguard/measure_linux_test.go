@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -25,9 +26,9 @@ import (
 )
 
 var (
-	rounds = flag.Int("rounds", 1, "rounds of TestBesideUpstream, each of one stream through either tunnel")
-	length = flag.Duration("length", 300*time.Millisecond, "how long each of these streams lasts")
-	keep   = flag.String("profiles", "", "where to keep the CPU profiles of the last round; empty: nowhere")
+	rounds  = flag.Int("rounds", 1, "rounds of TestBesideUpstream, each of one stream through either tunnel")
+	seconds = flag.Int("seconds", 1, "how long each of these streams lasts")
+	keep    = flag.String("profiles", "", "where to keep the CPU profiles of the last round; empty: nowhere")
 )
 
 // helperMeasured is a daemon that profiles itself, on a tunnel of either kind: all but the tunnel is the same code.
@@ -76,7 +77,7 @@ func beginOurs(path string) (end func() error, err error) {
 
 // beginUpstreams is the same with upstream's tunnel, but for addresses and link.
 func beginUpstreams(path string) (end func() error, err error) {
-	s, err := load(context.Background(), path)
+	s, err := load(context.Background(), path, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -101,11 +102,18 @@ type figures struct {
 	shareOutside float64 // what of share is not spent in the kernel
 }
 
-// TestBesideUpstream streams TCP through daemons on our tunnel and on upstream's, by turns, and reports what they cost. As a test
-// it only sees that this works. To measure:
+// TestBesideUpstream has iperf3 stream TCP through daemons on our tunnel and on upstream's, by turns, and reports what they cost. As a
+// test it only sees that this works. To measure:
 //
-//	go test -C examples/wireguard -run BesideUpstream -v -timeout 120s . -rounds 5 -length 3s
+//	go test -C examples/wireguard -run BesideUpstream -v -timeout 300s . -rounds 5 -seconds 3
 func TestBesideUpstream(t *testing.T) {
+	nstest.Require(t, nstest.Program("iperf3"))
+	for _, family := range []int{4, 6} {
+		t.Run(fmt.Sprintf("IPv%d", family), func(t *testing.T) { besideUpstream(t, family) })
+	}
+}
+
+func besideUpstream(t *testing.T, family int) {
 	all := map[string][]figures{}
 	for round := range *rounds {
 		kinds := []string{ours, upstreams, original}
@@ -114,7 +122,7 @@ func TestBesideUpstream(t *testing.T) {
 		}
 		for _, kind := range kinds {
 			t.Run(fmt.Sprintf("%d %s", round, kind), func(t *testing.T) {
-				all[kind] = append(all[kind], measure(t, kind))
+				all[kind] = append(all[kind], measure(t, kind, family))
 			})
 		}
 	}
@@ -148,7 +156,33 @@ func TestBesideUpstream(t *testing.T) {
 	}
 }
 
-func measure(t *testing.T, kind string) (f figures) {
+// received is what iperf3 says of it.
+type received struct {
+	Bytes float64
+	Bits  float64 `json:"bits_per_second"`
+}
+
+// iperf has iperf3 stream to another host.
+func (h *host) iperf(to *host, family int) received {
+	h.Helper()
+	server := to.ns.Start(h, "iperf3", "-s", "-1", "-B", to.overlay(family), "--forceflush")
+	server.Expect(h, "Server listening")
+	out := h.ns.Run(h, fmt.Sprintf("iperf3 -c %s -t %d --json", to.overlay(family), *seconds))
+	var report struct {
+		End struct {
+			Received received `json:"sum_received"`
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &report); err != nil || report.End.Received.Bytes < 1e6 {
+		h.Fatalf("%v: %.300s", err, out)
+	}
+	if err := server.Wait(); err != nil {
+		h.Errorf("the server: %v", err)
+	}
+	return report.End.Received
+}
+
+func measure(t *testing.T, kind string, family int) (f figures) {
 	hosts := newHosts(t, 2)
 	one, two := hosts[0], hosts[1]
 	one.configure(two.peerSection(4))
@@ -164,25 +198,10 @@ func measure(t *testing.T, kind string) (f figures) {
 		}
 	}
 	one.ns.Run(t, "ping -q -c 3 -i 0.01 -W 5 "+two.overlay(4))
-	out, in := one.dial(two, 4)
-	before, begun := one.processor()+two.processor(), time.Now()
-	sent := make(chan error, 1)
-	go func() {
-		for buffer := make([]byte, 128<<10); time.Since(begun) < *length; {
-			if _, err := out.Write(buffer); err != nil {
-				sent <- err
-				return
-			}
-		}
-		sent <- out.CloseWrite()
-	}()
-	n, err := io.Copy(io.Discard, in)
-	took := time.Since(begun)
-	if err := errors.Join(err, <-sent); err != nil {
-		t.Fatal(err)
-	}
-	f.gigabits = float64(n) * 8 / 1e9 / took.Seconds()
-	f.nanoseconds = float64((one.processor() + two.processor() - before).Nanoseconds()) / (float64(n) / 1024)
+	before := one.processor() + two.processor()
+	received := one.iperf(two, family)
+	f.gigabits = received.Bits / 1e9
+	f.nanoseconds = float64((one.processor() + two.processor() - before).Nanoseconds()) / (received.Bytes / 1024)
 	if kind == original {
 		return f
 	}

@@ -25,9 +25,9 @@ type settings struct {
 	endpoints map[key]netip.AddrPort
 }
 
-// load reads and checks a file, to the last that can be known before it is put in force. The interface has the file's name,
-// without .conf.
-func load(ctx context.Context, path string) (*settings, error) {
+// load reads and checks a file, to the last that can be known before it is put in force; before, if not nil, is in force. The interface
+// has the file's name, without .conf.
+func load(ctx context.Context, path string, before *settings) (*settings, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
@@ -40,7 +40,11 @@ func load(ctx context.Context, path string) (*settings, error) {
 	if s.cfg, err = f.config(strings.TrimSuffix(filepath.Base(path), ".conf")); err != nil {
 		return nil, err
 	}
-	s.endpoints, err = f.resolve(ctx)
+	var known map[key]netip.AddrPort
+	if before != nil {
+		known = before.endpoints
+	}
+	s.endpoints, err = f.resolve(ctx, known)
 	return s, err
 }
 
@@ -111,8 +115,8 @@ func scan(text, format string, n *int) bool {
 	return err == nil
 }
 
-// resolve looks up the hosts of the endpoints.
-func (f *file) resolve(ctx context.Context) (map[key]netip.AddrPort, error) {
+// resolve looks up the hosts of the endpoints. Of several addresses it takes the one that is known already, else the first.
+func (f *file) resolve(ctx context.Context, known map[key]netip.AddrPort) (map[key]netip.AddrPort, error) {
 	endpoints := make(map[key]netip.AddrPort)
 	for _, p := range f.peers {
 		if p.endpoint.line == 0 {
@@ -124,7 +128,13 @@ func (f *file) resolve(ctx context.Context) (map[key]netip.AddrPort, error) {
 		if err != nil {
 			return nil, &lineError{f.name, p.endpoint.line, "Endpoint", err}
 		}
-		endpoints[p.publicKey.value] = netip.AddrPortFrom(addrs[0].Unmap(), uint16(number))
+		addr := addrs[0].Unmap()
+		for _, a := range addrs {
+			if a.Unmap() == known[p.publicKey.value].Addr() {
+				addr = a.Unmap()
+			}
+		}
+		endpoints[p.publicKey.value] = netip.AddrPortFrom(addr, uint16(number))
 	}
 	return endpoints, nil
 }
@@ -137,12 +147,13 @@ func (s *settings) commands(before *settings, have string) string {
 	now := parseState(have)
 	say := func(key string, value any) { fmt.Fprintf(&out, "%s=%v\n", key, value) }
 
-	say("private_key", hex.EncodeToString(s.privateKey.value[:]))
-	say("fwmark", s.mark.value)
-	// Saying the port opens the sockets anew. Without a port they are closed: the last reload came upon one that was taken.
+	// Saying the port opens the sockets anew. Without a port they are closed: the last reload came upon one that was taken. It is said
+	// first, so that nothing has changed when it is refused.
 	if port := s.listenPort.value; port > 0 && port != now.listenPort || before != nil && now.listenPort == 0 {
 		say("listen_port", port)
 	}
+	say("private_key", hex.EncodeToString(s.privateKey.value[:]))
+	say("fwmark", s.mark.value)
 	wanted := make(map[key]bool)
 	for _, p := range s.peers {
 		wanted[p.publicKey.value] = true
