@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -15,6 +16,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // soak is a device in the oracle's churn that carries checked traffic to a far host all the while, beside others that come and go.
@@ -68,8 +71,8 @@ func TestSoak(t *testing.T) {
 		t.Logf("after round %d: %v", n, now)
 	}
 	s.end()
-	t.Logf("%d operations, %d upsets, %d probes, %d devices, %d queues closed early, %d reloads of theirs; %d bytes and %d of %d datagrams in their places; agreed after %v",
-		s.Steps, s.upsets, s.probes, s.lives.devices, s.lives.queues, s.lives.reloads, s.carried.Load(), s.heard.Load(), s.said.Load(), s.slowest)
+	t.Logf("%d operations, %d upsets, %d probes, %d devices, %d queues closed early, %d reloads of theirs, %d datagrams read there; %d bytes and %d of %d datagrams in their places; agreed after %v",
+		s.Steps, s.upsets, s.probes, s.lives.devices, s.lives.queues, s.lives.reloads, s.lives.read.Load(), s.carried.Load(), s.heard.Load(), s.said.Load(), s.slowest)
 }
 
 func newSoak(t *testing.T) *soak {
@@ -260,20 +263,81 @@ func (s *soak) held() (now load) {
 func (s *soak) end() {
 	s.ending.Store(true)
 	s.flows.Wait()
-	if s.lives.devices < 2 || s.lives.queues == 0 || s.heard.Load() == 0 || s.carried.Load() == 0 {
-		s.Errorf("too little came to pass: %+v, %d datagrams, %d bytes", s.lives, s.heard.Load(), s.carried.Load())
+	if s.lives.devices < 2 || s.lives.queues == 0 || s.lives.read.Load() == 0 || s.heard.Load() == 0 || s.carried.Load() == 0 {
+		s.Errorf("too little came to pass: %d devices, %d queues, %d datagrams there; %d datagrams, %d bytes",
+			s.lives.devices, s.lives.queues, s.lives.read.Load(), s.heard.Load(), s.carried.Load())
 	}
 }
 
 // soakLives counts what happened to devices beside the long-lived one.
-type soakLives struct{ devices, queues, reloads int }
+type soakLives struct {
+	devices, queues, reloads int
+	read                     atomic.Uint64 // numbered datagrams
+}
 
-// live opens a device of three queues, writes to it and reads from it, reloads it, closes a queue in the middle, and closes it all.
+// lifeNet is the network of those devices, and what is sent into it.
+var lifeNet = netip.MustParsePrefix("10.78.0.1/24")
+
+const (
+	lifeFlows     = 16
+	lifeDatagrams = 1 << 14 // at most, of all flows
+)
+
+// numbers sends numbered datagrams of many flows into the network of a device beside, until told to stop.
+func (s *soak) numbers(stop *atomic.Bool) {
+	var flows [lifeFlows]net.Conn
+	for i := range flows {
+		var err error
+		s.far.ns.Do(s, func() {
+			flows[i], err = net.Dial("udp", netip.AddrPortFrom(lifeNet.Addr().Next(), uint16(7000+i)).String())
+		})
+		if err != nil {
+			s.Errorf("a device beside: %v", err)
+			return
+		}
+		defer flows[i].Close()
+	}
+	for n := 0; n < lifeDatagrams && !stop.Load(); n++ {
+		_, err := flows[n%lifeFlows].Write(binary.BigEndian.AppendUint64([]byte("numbered"), uint64(n)))
+		if err != nil && !errors.Is(err, unix.ENOBUFS) {
+			s.Errorf("a device beside: %v", err)
+			return
+		}
+		if n%lifeFlows == 0 {
+			time.Sleep(100 * time.Microsecond) // a pace, not a wait
+		}
+	}
+}
+
+// readNumbers reads a queue to its end. None of the datagrams may come twice, be it from another queue, or with another content.
+func (s *soak) readNumbers(q Queue, seen *[lifeDatagrams]atomic.Bool) {
+	for {
+		packets, err := q.ReadBatch()
+		if err != nil {
+			return
+		}
+		for _, p := range packets {
+			for i := range p.Segments() {
+				_, number, ok := bytes.Cut(p.AppendSegment(nil, i), []byte("numbered"))
+				if !ok {
+					continue // the kernel's own
+				}
+				if n := binary.BigEndian.Uint64(number); len(number) != 8 || n >= uint64(len(seen)) || seen[n].Swap(true) {
+					s.Errorf("a device beside: read %x, changed or for the second time", number)
+				}
+				s.lives.read.Add(1)
+			}
+		}
+	}
+}
+
+// live opens a device of three queues, writes to it and reads what is sent into its network, reloads it, closes a queue in the middle,
+// and closes it all.
 func (s *soak) live() {
 	w := walker{s.dice}
 	cfg := w.config()
 	cfg.Queues, cfg.NetNS, cfg.NoHeal = 3, s.far.ns.Path(), false
-	cfg.Networks, cfg.Routes, cfg.LinkLocal = nil, nil, false // the far host's own are to stay reachable
+	cfg.Networks, cfg.Routes, cfg.LinkLocal = []netip.Prefix{lifeNet}, nil, false // the far host's own are to stay reachable
 	d, err := New(cfg)
 	if err == nil {
 		err = d.Activate()
@@ -284,15 +348,13 @@ func (s *soak) live() {
 	}
 	s.lives.devices++
 	var readers sync.WaitGroup
+	var seen [lifeDatagrams]atomic.Bool
 	for _, q := range d.Queues() {
-		readers.Go(func() {
-			for {
-				if _, err := q.ReadBatch(); err != nil {
-					return
-				}
-			}
-		})
+		readers.Go(func() { s.readNumbers(q, &seen) })
 	}
+	var sender sync.WaitGroup
+	var enough atomic.Bool
+	sender.Go(func() { s.numbers(&enough) })
 	burst := burstOf(20)
 	for i := range 20 {
 		q := d.Queues()[s.dice.IntN(3)]
@@ -313,6 +375,8 @@ func (s *soak) live() {
 			s.lives.reloads++
 		}
 	}
+	enough.Store(true)
+	sender.Wait()
 	if err := d.Close(); err != nil {
 		s.Errorf("a device beside: %v", err)
 	}
