@@ -10,8 +10,9 @@ import (
 	"example.com/overlay"
 )
 
-// In a container. With --cap-add NET_ADMIN --device /dev/net/tun all works but the settings in /proc/sys, which are read-only there:
-// New makes a missing node where it may, and what could not be set is an event.
+// In a container, with --cap-add NET_ADMIN --device /dev/net/tun. New makes a missing node where it may. The settings in /proc/sys are
+// read-only there: what could not be set is an event. Where IPv6 is off too (in Docker --sysctl net.ipv6.conf.all.disable_ipv6=0 has it
+// on) that is an error, because only the program knows whether it can do without.
 func Example_container() {
 	cfg := overlay.Config{Networks: []netip.Prefix{netip.MustParsePrefix("10.42.0.1/24"), netip.MustParsePrefix("fd42::1/64")}}
 	dev, err := overlay.New(cfg)
@@ -24,7 +25,15 @@ func Example_container() {
 		log.Fatal(err)
 	}
 	defer dev.Close()
-	if err := dev.Activate(); err != nil { // not because of a setting
+	err = dev.Activate()
+	if errors.Is(err, overlay.ErrIPv6Disabled) {
+		log.Print(err)
+		cfg.Networks = cfg.Networks[:1] // without, then
+		if err = dev.Reload(cfg); err == nil {
+			err = dev.Activate()
+		}
+	}
+	if err != nil {
 		log.Fatal(err)
 	}
 	for e := range dev.Events() {

@@ -30,10 +30,13 @@ func Example_handOver() {
 	fmt.Println(dev.State())
 }
 
-// handOver closes dev, waits for the loops that carry its packets, and sends its descriptors. In this order no packet is lost, nor
-// overtaken: what comes meanwhile waits in the device, Config.TxQueueLen packets a queue. Without a successor to send them to, the
+// handOver closes dev, waits for the loops that read it, which that ends, and sends its descriptors. Who writes to it has to have ended
+// before: see carry, in Example_takeOver. In this order no packet is lost, nor overtaken: what comes meanwhile waits in the device, Config.TxQueueLen packets a queue. Without a successor to send them to, the
 // device ends here as any other: Config.Persist, or a service manager that keeps the descriptors, outlives that.
 func handOver(dev overlay.Device, loops *sync.WaitGroup, successor *net.UnixConn) error {
+	if n := len(dev.Queues()); n > mostFiles {
+		return fmt.Errorf("%d queues, and a message takes %d descriptors", n, mostFiles)
+	}
 	var fds []int
 	for _, q := range dev.Queues() {
 		f, err := q.File()
@@ -52,9 +55,11 @@ func handOver(dev overlay.Device, loops *sync.WaitGroup, successor *net.UnixConn
 	return err
 }
 
+const mostFiles = 253 // that the kernel takes in one message
+
 // takeOver waits for the descriptors, and makes a Device of them.
 func takeOver(cfg overlay.Config, old *net.UnixConn) (overlay.Device, error) {
-	message, control := make([]byte, 64), make([]byte, unix.CmsgSpace(4*64))
+	message, control := make([]byte, 64), make([]byte, unix.CmsgSpace(4*mostFiles))
 	_, n, _, _, err := old.ReadMsgUnix(message, control) // they are close-on-exec
 	if err != nil {
 		return nil, err

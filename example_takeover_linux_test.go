@@ -156,9 +156,9 @@ func send(dev overlay.Device, socket *net.UDPConn) error {
 			return err
 		}
 		for _, p := range packets {
-			hop, _ := dev.NextHop(p.Data, nil)
+			hop, ok := dev.NextHop(p.Data, nil)
 			for _, h := range hosts {
-				if h.overlay4 != hop && h.overlay6 != hop {
+				if !ok || h.overlay4 != hop && h.overlay6 != hop {
 					continue
 				}
 				for i := range p.Segments() {
@@ -177,7 +177,7 @@ func receive(dev overlay.Device, socket *net.UDPConn) error {
 		if err != nil {
 			return err
 		}
-		_, _ = dev.Queues()[0].Write(buffer[:n])
+		_, _ = dev.Queues()[0].Write(buffer[:n]) // a VPN has made sure before who sent it
 	}
 }
 
@@ -194,8 +194,12 @@ func inherited() map[string][]int {
 	}
 	names := strings.Split(os.Getenv("LISTEN_FDNAMES"), ":")
 	for i := range min(n, len(names)) {
-		unix.CloseOnExec(first + i)
-		kept[names[i]] = append(kept[names[i]], first+i)
+		if name := names[i]; name != deviceName && name != socketName { // of an earlier version: it would keep its device alive
+			unix.Close(first + i)
+		} else {
+			unix.CloseOnExec(first + i)
+			kept[name] = append(kept[name], first+i)
+		}
 	}
 	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
 		os.Unsetenv(name) // our children inherit nothing

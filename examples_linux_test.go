@@ -17,9 +17,14 @@ func init() {
 func TestExampleContainer(t *testing.T) {
 	nstest.Require(t, nstest.NetAdmin, nstest.TUN, nstest.IPv6)
 	nstest.Leaks(t)
-	_, first := nstest.New(t).StartHelper(t, "example container", nstest.HelperOptions{ReadOnlyProcSys: true})
-	if !strings.HasPrefix(first, "degraded (3): set ipv6/accept_ra=0: read-only file system") {
-		t.Errorf("it says %q", first)
+	for _, disabled := range []string{"0", "1"} { // 1 as in Docker
+		ns := nstest.New(t)
+		ns.Run(t, "sysctl -qw net.ipv6.conf.all.disable_ipv6="+disabled)
+		ns.Run(t, "sysctl -qw net.ipv6.conf.default.disable_ipv6="+disabled)
+		_, first := ns.StartHelper(t, "example container", nstest.HelperOptions{ReadOnlyProcSys: true})
+		if !strings.HasPrefix(first, "degraded (3): set ipv6/accept_ra=0: read-only file system") {
+			t.Errorf("disable_ipv6=%s: it says %q", disabled, first)
+		}
 	}
 }
 
