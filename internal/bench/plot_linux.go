@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"image/color"
 	"os"
@@ -9,6 +10,7 @@ import (
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/text"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
 	"gonum.org/v1/plot/vg/vgsvg"
@@ -62,7 +64,7 @@ func drawPanels(path string, panels []*plot.Plot, bars int) error {
 	columns := min(plotColumns, len(panels))
 	rows := (len(panels) + columns - 1) / columns
 	canvas := vgsvg.New(panelWidth*vg.Length(columns), (barHeight*vg.Length(bars)+panelFrame)*vg.Length(rows))
-	tiles := draw.Tiles{Rows: rows, Cols: columns, PadX: vg.Millimeter * 4, PadY: vg.Millimeter * 4, PadLeft: vg.Millimeter, PadRight: vg.Millimeter * 3}
+	tiles := draw.Tiles{Rows: rows, Cols: columns, PadX: vg.Millimeter * 4, PadY: vg.Millimeter * 4, PadLeft: vg.Millimeter, PadTop: vg.Millimeter * 2, PadRight: vg.Millimeter * 3}
 	whole := draw.New(canvas)
 	whole.SetColor(color.White) // readable on dark pages too
 	whole.Fill(whole.Rectangle.Path())
@@ -78,15 +80,25 @@ func drawPanels(path string, panels []*plot.Plot, bars int) error {
 			}
 		}
 	}
-	f, err := os.Create(path)
-	if err != nil {
+	var svg bytes.Buffer
+	if _, err := canvas.WriteTo(&svg); err != nil {
 		return err
 	}
-	if _, err := canvas.WriteTo(f); err != nil {
-		f.Close()
-		return err
+	// Where a viewer lacks the font, others of the same widths come first.
+	named := bytes.ReplaceAll(svg.Bytes(), []byte("font-family:Liberation Sans;"), []byte("font-family:Liberation Sans,Arial,Helvetica,sans-serif;"))
+	return os.WriteFile(path, named, 0o666)
+}
+
+// newPlot makes one of a font whose widths most viewers know, if by another name.
+func newPlot() *plot.Plot {
+	p := plot.New()
+	for _, style := range []*text.Style{&p.Title.TextStyle, &p.X.Label.TextStyle, &p.X.Tick.Label, &p.Y.Tick.Label} {
+		style.Font.Variant = "Sans"
+		style.Font.Size = vg.Points(8)
 	}
-	return f.Close()
+	p.Title.TextStyle.Font.Size = vg.Points(10)
+	p.Title.Padding = vg.Points(6)
+	return p
 }
 
 // panel draws a case: ours at the top. n is how many bars it has.
@@ -112,14 +124,9 @@ func panel(r *result) (p *plot.Plot, n int, err error) {
 	if len(names) == 0 {
 		return nil, 0, nil
 	}
-	p = plot.New()
+	p = newPlot()
 	p.Title.Text = r.name
-	p.Title.TextStyle.Font.Size = vg.Points(10)
-	p.Title.Padding = vg.Points(6)
 	p.X.Label.Text = fmt.Sprintf("%s, %s", r.metrics[0].name, r.metrics[0].unit)
-	p.X.Label.TextStyle.Font.Size = vg.Points(8)
-	p.X.Tick.Label.Font.Size = vg.Points(8)
-	p.Y.Tick.Label.Font.Size = vg.Points(8)
 	p.X.Min = 0
 	for _, series := range []struct {
 		values plotter.Values
@@ -142,6 +149,7 @@ func panel(r *result) (p *plot.Plot, n int, err error) {
 	whiskers.Color, whiskers.CapWidth = inkColor, vg.Points(3)
 	p.Add(whiskers)
 	p.NominalY(names...)
+	p.Y.Padding = vg.Points(10) // where the viewer's letters are wider all the same
 	p.X.Min, p.X.Max = 0, p.X.Max*1.03
 	return p, len(names), nil
 }
