@@ -257,6 +257,7 @@ func (e *edit) delete(lo, hi int, r *kernel.FIBRoute) {
 		e.strangerGone(lo, hi)
 	case e.chain[at].state&twin != 0:
 		e.settle(at)
+		e.chain[at].state &^= twin
 		e.doubt(at, at+1)
 	default:
 		e.note(at)

@@ -80,12 +80,10 @@ func (e *edit) replace6(lo, hi int, n entry) {
 		}
 		e.note(at)
 		unsure := e.anyOf(lo, hi, at)
-		twice := e.chain[at].state & twin
 		e.swap(at, n.shape)
 		if !unsure {
 			e.settle(at)
 		}
-		e.chain[at].state |= twice
 	}
 }
 

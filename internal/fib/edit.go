@@ -159,9 +159,9 @@ func (e *edit) swap(i int, shape uint32) {
 	e.changed = true
 }
 
-// settle notes that the route at i is there.
+// settle notes that the route at i is there, once or twice.
 func (e *edit) settle(i int) {
-	e.chain[i].state &^= doubtful | twin | excused
+	e.chain[i].state &^= doubtful | excused
 	e.chain[i].seen = e.t.windows[e.key.family()].number
 }
 

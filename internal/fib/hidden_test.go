@@ -186,6 +186,41 @@ func TestReplacedInstead(t *testing.T) {
 	}
 }
 
+// The kernel holds two alike after a replace, which exchanges the first of its kind and looks no further. When one of them goes the other
+// is there, whether or not a dump or an answer came between.
+func TestHeldTwice(t *testing.T) {
+	const route = "2001:db8::/48 on 7"
+	p := netip.MustParsePrefix("2001:db8::/48")
+	got := parseRoute(t, strings.Fields(route))
+	for name, between := range map[string]func(*Table){
+		"a dump": func(table *Table) {
+			table.Begin(true, true)
+			for range 2 {
+				r := parseRoute(t, strings.Fields(route))
+				table.Dumped(&r)
+			}
+			table.End(true, true)
+		},
+		"an answer": func(table *Table) { table.Settle(p, p.Addr().Next(), &got) },
+		"nothing":   func(*Table) {},
+	} {
+		table := New(Config{Link: ourLink})
+		apply(t, table, "created 2001:db8::/48 on 7 detail b")
+		apply(t, table, "appended "+route)
+		apply(t, table, "replaced "+route)
+		between(table)
+		table.Doubts(false)
+		apply(t, table, "deleted "+route)
+		if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+			t.Errorf("%s: in doubt: %v", name, doubts)
+		}
+		table.Settle(p, p.Addr().Next(), &got)
+		if a := table.Answer(p); a.Kind != OnLink {
+			t.Errorf("%s: got %v", name, a)
+		}
+	}
+}
+
 // Of two routes the first has gone untold, so that what replaces the first of its kind takes the second's place.
 func TestReplacedAfterTheFirstHasGone(t *testing.T) {
 	for _, test := range []struct{ first, second, last string }{

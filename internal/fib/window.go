@@ -108,7 +108,8 @@ func (e *edit) show(lo, hi int, n entry) {
 	w.last.count = 0
 	switch {
 	case at >= 0 && e.chain[at].seen == w.number:
-		return // twice, as under churn (kernel.md V5), or an announcement was quicker
+		e.chain[at].state |= twin // or it is shown twice under churn (kernel.md V5), or an announcement was quicker
+		return
 	case at < 0:
 		if !w.whole {
 			n.state = moreBefore
@@ -119,6 +120,7 @@ func (e *edit) show(lo, hi int, n entry) {
 			e.swap(at, n.shape)
 		}
 		e.settle(at)
+		e.chain[at].state &^= twin
 		if at != to {
 			c := e.chain[at]
 			copy(e.chain[to+1:at+1], e.chain[to:at])
