@@ -23,8 +23,8 @@ type followOracle struct {
 	cfg   Config
 	other interface{ Close() error }
 	name  string
-	story []string
-	ends  int // of packets
+	story []string // what was changed last
+	ends  int      // of packets
 
 	probes, claims, misses, own, upsets, packets int
 	rules                                        []string      // beside the kernel's own
@@ -37,6 +37,7 @@ func newFollowOracle(t *testing.T, world int) *followOracle {
 	t.Helper()
 	o := &followOracle{lab: newLab(t, nstest.NetAdmin), name: "ours", bound: leeway * time.Second}
 	o.Churn = &oracle.Churn{Protocol: 4, NoThrow: world%4 < 2, Rand: rand.New(rand.NewPCG(*seed, uint64(world)))}
+	o.Tell = func(change string, err error) { o.note("%s: %v", change, err) }
 	o.cfg = Config{
 		Name: "ours", MTU: 1400, Networks: []netip.Prefix{oracle.Own4, oracle.Own6}, NoHeal: world%2 == 0,
 		SystemRoutes: &SystemRoutes{Tables: []int{oracle.SomeTable, kernel.TableMain}},
@@ -89,7 +90,7 @@ func (o *followOracle) do(lines ...string) {
 }
 
 func (o *followOracle) note(format string, args ...any) {
-	const enough = 100 // a run may last for hours
+	const enough = 300 // a run may last for hours
 	if o.story = append(o.story, fmt.Sprintf("%d: ", o.Steps)+fmt.Sprintf(format, args...)); len(o.story) > enough {
 		o.story = slices.Delete(o.story, 0, 1)
 	}

@@ -43,7 +43,7 @@ func (o *followOracle) agree(pending []netip.Addr) {
 				seen[dst] = disagreement{got, want, now}
 			} else if now.Sub(was.since) > o.bound {
 				o.Fatalf("seed %d, step %d: %v goes through %q, want %q\n%+v\n%s\n%s\n%v", *seed, o.Steps, dst, got, want, verdicts[i],
-					strings.Join(o.story[max(0, len(o.story)-30):], "\n"), o.routesAround(dst), o.d.State())
+					strings.Join(o.story, "\n"), o.routesAround(dst), o.d.State())
 			}
 		}
 		if pending = still; len(pending) > 0 {
@@ -88,7 +88,7 @@ func (o *followOracle) routesAround(dst netip.Addr) string {
 					p = netip.PrefixFrom(a, a.BitLen())
 				}
 			}
-			if p.Contains(dst) || field == "default" {
+			if p.Contains(dst) || field == "default" || field == "nexthop" {
 				b.WriteString(line)
 			}
 		}
@@ -224,7 +224,7 @@ func (o *followOracle) reloads() {
 	go func() { done <- o.d.Reload(next) }() // beside others' changes (kernel.md A22)
 	o.churn(10)
 	if err := <-done; err != nil {
-		o.Fatalf("seed %d, step %d: %v\n%s\n%s", *seed, o.Steps, err, strings.Join(o.story[max(0, len(o.story)-30):], "\n"),
+		o.Fatalf("seed %d, step %d: %v\n%s\n%s", *seed, o.Steps, err, strings.Join(o.story, "\n"),
 			o.ns.Run(o.T, "sh", "-c", "ip -d -4 route show table all; ip -d -6 route show table all; ip nexthop"))
 	}
 }

@@ -1,6 +1,7 @@
 package oracle
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -17,6 +18,8 @@ type Churn struct {
 	Protocol    uint8 // of every fifth route
 	NoThrow     bool  // no route throws
 	Steps, Done int   // changes so far, and those that the kernel carried out
+
+	Tell func(change string, err error) // each change and what the kernel says of it; nil: nobody listens
 
 	have []kernel.FIBRoute // what was added last, mostly still there
 }
@@ -116,10 +119,13 @@ func (c *Churn) nextHop() rtnl.Message {
 func (c *Churn) Step() {
 	c.Steps++
 	var m rtnl.Message
+	var told any
+	flags := uint16(0)
 	switch n := c.IntN(20); {
 	case n < 11:
 		r := c.route()
-		m = RouteMessage(unix.RTM_NEWROUTE, OneOf[uint16](c.Rand, Create, Prepend, Append, Replace), r)
+		flags = OneOf[uint16](c.Rand, Create, Prepend, Append, Replace)
+		m, told = RouteMessage(unix.RTM_NEWROUTE, flags, r), r
 		if c.have = append(c.have, r); len(c.have) > remembered {
 			c.have = slices.Delete(c.have, 0, 1)
 		}
@@ -132,14 +138,19 @@ func (c *Churn) Step() {
 			r.Legs = r.Legs[:1]
 		}
 		r.Detail = nil
-		m = RouteMessage(unix.RTM_DELROUTE, 0, r)
+		m, told = RouteMessage(unix.RTM_DELROUTE, 0, r), r
 		c.have[i] = c.have[len(c.have)-1]
 		c.have = c.have[:len(c.have)-1]
 	default:
 		m = c.nextHop()
+		told = m.Body
 	}
-	if c.World.Conn.Do(m)[0].Err == nil {
+	err := c.World.Conn.Do(m)[0].Err
+	if err == nil {
 		c.Done++
+	}
+	if c.Tell != nil {
+		c.Tell(fmt.Sprintf("type %d flags %#x %+v", m.Type, flags, told), err)
 	}
 }
 
