@@ -31,8 +31,9 @@ func Example_handOver() {
 }
 
 // handOver closes dev, waits for the loops that read it, which that ends, and sends its descriptors. Who writes to it has to have ended
-// before: see carry, in Example_takeOver. In this order no packet is lost, nor overtaken: what comes meanwhile waits in the device, Config.TxQueueLen packets a queue. Without a successor to send them to, the
-// device ends here as any other: Config.Persist, or a service manager that keeps the descriptors, outlives that.
+// before: see carry, in Example_takeOver. In this order no packet is lost, nor overtaken: what comes meanwhile waits in the device,
+// Config.TxQueueLen packets a queue. Without a successor to send them to, the device ends here as any other: Config.Persist, or a
+// service manager that keeps the descriptors, outlives that.
 func handOver(dev overlay.Device, loops *sync.WaitGroup, successor *net.UnixConn) error {
 	if n := len(dev.Queues()); n > mostFiles {
 		return fmt.Errorf("%d queues, and a message takes %d descriptors", n, mostFiles)

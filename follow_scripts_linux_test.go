@@ -42,6 +42,13 @@ var scripts = map[string][]string{
 		"!route add 10.9.0.0/16 via 10.77.0.9", "10.9.0.1 none",
 		"route add 10.9.0.0/16 via 10.77.0.9 dev DEV onlink", "10.9.0.1 none",
 	},
+	"a replace leaves two alike, IPv6": { // the dump for the rule shows both
+		"nexthop add id 2 via fd42::9 dev DEV\n-6 route add fd09::/64 nhid 2 metric 50\n-6 route append fd09::/64 dev DEV metric 50", "fd09::1 fd42::9",
+		"-6 route replace fd09::/64 dev DEV metric 50", "fd09::1 on-link",
+		"-6 rule add pref 100 table main", "fd09::1 on-link",
+		"-6 route del fd09::/64 dev DEV metric 50", "fd09::1 on-link",
+		"-6 route del fd09::/64 dev DEV metric 50", "fd09::1 none",
+	},
 	"fib_tests: suppress": {
 		"route add default via 10.42.0.9", "1.2.3.4 10.42.0.9",
 		"rule add pref 100 table main suppress_prefixlength 0", "1.2.3.4 10.42.0.9",

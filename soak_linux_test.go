@@ -322,7 +322,7 @@ func (s *soak) readNumbers(q Queue, seen *[lifeDatagrams]atomic.Bool) {
 				if !ok {
 					continue // the kernel's own
 				}
-				if n := binary.BigEndian.Uint64(number); len(number) != 8 || n >= uint64(len(seen)) || seen[n].Swap(true) {
+				if len(number) != 8 || binary.BigEndian.Uint64(number) >= lifeDatagrams || seen[binary.BigEndian.Uint64(number)].Swap(true) {
 					s.Errorf("a device beside: read %x, changed or for the second time", number)
 				}
 				s.lives.read.Add(1)

@@ -124,9 +124,9 @@ func (d *daemon) reload(ctx context.Context) error {
 }
 
 // back adds to an error what became of the way back.
-func back(err, back error) error {
-	if back != nil {
-		return fmt.Errorf("%w; and there is no way back: %w", err, back)
+func back(err, failed error) error {
+	if failed != nil {
+		return fmt.Errorf("%w; and there is no way back: %w", err, failed)
 	}
 	return fmt.Errorf("%w; what was in force is so again", err)
 }

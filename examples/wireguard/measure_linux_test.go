@@ -199,9 +199,9 @@ func measure(t *testing.T, kind string, family int) (f figures) {
 	}
 	one.ns.Run(t, "ping -q -c 3 -i 0.01 -W 5 "+two.overlay(4))
 	before := one.processor() + two.processor()
-	received := one.iperf(two, family)
-	f.gigabits = received.Bits / 1e9
-	f.nanoseconds = float64((one.processor() + two.processor() - before).Nanoseconds()) / (received.Bytes / 1024)
+	got := one.iperf(two, family)
+	f.gigabits = got.Bits / 1e9
+	f.nanoseconds = float64((one.processor() + two.processor() - before).Nanoseconds()) / (got.Bytes / 1024)
 	if kind == original {
 		return f
 	}
