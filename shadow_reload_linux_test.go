@@ -47,7 +47,8 @@ func TestReloadAsksAboutTouchedPrefixes(t *testing.T) {
 	}
 }
 
-// Another device of ours, with our own protocol number, is a rival like any other, of few routes and of many.
+// Another device of ours, with our own protocol number, is a rival like any other, of few routes and of many; and so it is to a Reload,
+// which takes no look at ours.
 func TestShadowOfOurOwnKind(t *testing.T) {
 	for _, n := range []int{10, 300} {
 		l := newLab(t)
@@ -59,6 +60,14 @@ func TestShadowOfOurOwnKind(t *testing.T) {
 		second := l.active(Config{Networks: prefixes("10.43.0.1/24"), Routes: routes})
 		if got := len(shadowNotes(second)); got != n {
 			t.Errorf("%d of %d routes are told to be shadowed", got, n)
+		}
+		cfg := Config{Networks: prefixes("10.44.0.1/24")}
+		third := l.active(cfg)
+		l.await("trust", third.isTrusted)
+		cfg.Routes = routes
+		l.reload(third, cfg)
+		if got := len(shadowNotes(third)); got != n {
+			t.Errorf("after a Reload %d of %d routes are told to be shadowed", got, n)
 		}
 	}
 }
