@@ -60,10 +60,11 @@ func start(ctx context.Context, path string, log *logrus.Logger) (_ *daemon, err
 	if err := d.set(s); err != nil {
 		return nil, err
 	}
-	if err := dev.Activate(); err != nil { // addresses, MTU, link up, routes
+	// Before the link: with that it goes up by itself, and if the port is taken it tells only its log and takes any port next time.
+	if err := d.wg.Up(); err != nil {
 		return nil, err
 	}
-	if err := d.wg.Up(); err != nil { // as it would by itself, but without telling us if the port is taken
+	if err := dev.Activate(); err != nil { // addresses, MTU, link up, routes
 		return nil, err
 	}
 	d.settings = s

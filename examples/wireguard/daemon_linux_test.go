@@ -392,6 +392,9 @@ func TestRefused(t *testing.T) {
 			if test.nothing {
 				one.wantNothing()
 			}
+			if output := one.daemon.Output(); strings.Contains(output, "event=up") {
+				t.Errorf("the link was up\n%s", output)
+			}
 		})
 	}
 }
