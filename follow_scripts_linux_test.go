@@ -42,6 +42,11 @@ var scripts = map[string][]string{
 		"!route add 10.9.0.0/16 via 10.77.0.9", "10.9.0.1 none",
 		"route add 10.9.0.0/16 via 10.77.0.9 dev DEV onlink", "10.9.0.1 none",
 	},
+	"a stranger's route that stood first has gone with its nexthop object": { // untold, so that a replace takes ours
+		"nexthop add id 9 via 10.1.0.9 dev other0\nroute add 10.9.0.0/16 via 10.42.0.9\nroute prepend 10.9.0.0/16 nhid 9", "10.9.0.1 10.42.0.9",
+		"nexthop del id 9", "10.9.0.1 10.42.0.9",
+		"route replace 10.9.0.0/16 via 10.1.0.10 dev other0\nroute del 10.9.0.0/16 via 10.1.0.10 dev other0", "10.9.0.1 none",
+	},
 	"a replace leaves two alike, IPv6": { // the dump for the rule shows both
 		"nexthop add id 2 via fd42::9 dev DEV\n-6 route add fd09::/64 nhid 2 metric 50\n-6 route append fd09::/64 dev DEV metric 50", "fd09::1 fd42::9",
 		"-6 route replace fd09::/64 dev DEV metric 50", "fd09::1 on-link",

@@ -137,16 +137,6 @@ func (l *learned) changed() (changes []change) {
 	return changes
 }
 
-// longest is the longest prefix around an address of which the table has an answer.
-func (l *learned) longest(addr netip.Addr) (netip.Prefix, bool) {
-	for bits := addr.BitLen(); bits >= 0; bits-- {
-		if p, err := addr.Prefix(bits); err == nil && l.table.Answer(p).Kind != fib.Absent {
-			return p, true
-		}
-	}
-	return netip.Prefix{}, false
-}
-
 // learnedRoutes is how many routes are followed now.
 func (t *routeTree) learnedRoutes() int {
 	t.mu.Lock()

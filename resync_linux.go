@@ -252,7 +252,7 @@ func (f *following) short(is6 bool) bool {
 	var requests []rtnl.Message
 	f.locked(func(t *fib.Table) {
 		for _, p := range t.Unseen(is6, few) {
-			if addr, ok := fib.Probe(p.Prefix, netip.Prefix{}, f.layer.longest); ok {
+			if addr, ok := t.Probe(p.Prefix, netip.Prefix{}); ok {
 				asked, requests = append(asked, p), append(requests, rtnl.MatchRoute(addr))
 			}
 		}
@@ -329,7 +329,7 @@ func (f *following) ask(p netip.Prefix) {
 	for try := range settleTries {
 		var addr netip.Addr
 		ok := false
-		f.locked(func(t *fib.Table) { addr, ok = fib.Probe(p, after, f.layer.longest) })
+		f.locked(func(t *fib.Table) { addr, ok = t.Probe(p, after) })
 		if !ok {
 			return
 		}

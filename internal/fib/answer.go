@@ -16,6 +16,8 @@ type Answer struct {
 	Table  uint32
 	First  bool // no route of equal metric that we have installed ourselves stands before it
 	Over   bool // a route of this prefix that we have installed ourselves stands in a later table; the answer may be a shorter prefix's
+
+	shorter bool // it is
 }
 
 // Changes yields, once, the prefixes whose answer may have changed since the last call, with the answer now. If the caller
@@ -121,10 +123,10 @@ func (t *Table) answer(k key) Answer {
 			if a.Kind == Absent || !t.owns(k) {
 				return Answer{}
 			}
-			a.Table, a.First, a.Over = step.Table, true, true
+			a.Table, a.First, a.Over, a.shorter = step.Table, true, true, true
 			return a
 		case a.Kind != Absent:
-			a.Table = step.Table
+			a.Table, a.shorter = step.Table, at.bits != k.bits
 			a.Over = cover != nil && t.owns(k) && !t.owned[k.family()][at.table].Get(p)
 			return a
 		case cover != nil:

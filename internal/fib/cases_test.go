@@ -160,8 +160,8 @@ func TestFirst(t *testing.T) {
 		for _, line := range test.hear {
 			apply(t, table, line)
 		}
-		if got, want := table.crowded, table.recount(); got != want {
-			t.Errorf("%s: strangers around %d routes, counted %d", test.name, want, got)
+		if got, want := len(table.crowded), table.recount(); got != want {
+			t.Errorf("%s: strangers in %d chains, known are %d", test.name, want, got)
 		}
 		if a := table.Answer(netip.MustParsePrefix("192.0.2.0/24")); a.Kind != Via || a.First != test.want {
 			t.Errorf("%s: got %+v, want First %v", test.name, a, test.want)

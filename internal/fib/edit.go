@@ -8,7 +8,6 @@ type edit struct {
 	key     key
 	chain   []entry // in the kernel's order: by metric, then by place
 	slots   []uint32
-	crowded int // in the chain as it was read
 	changed bool
 	ask     bool // there may be routes that are not known
 }
@@ -21,20 +20,27 @@ func (t *Table) open(k key) *edit {
 	for i := t.heads[k]; i != 0; i = t.entries.at(i).next {
 		e.chain, e.slots = append(e.chain, *t.entries.at(i)), append(e.slots, i)
 	}
-	e.crowded = e.countCrowded()
 	return e
 }
 
-// countCrowded counts the entries around which strangers are counted, and the multipaths that others share and that stand with other
+// crowded says whether strangers are counted around the route at i, or it is a multipath that others share and that stands with other
 // routes: an IPv6 multipath stands where its first leg stands that is in use.
-func (e *edit) countCrowded() (n int) {
+func (e *edit) crowded(i int) bool {
+	c := &e.chain[i]
+	return c.before > 0 || c.after > 0 || e.shape(i).mixed && (c.state&moreAfter != 0 || e.among(i))
+}
+
+// miscounted notes that strangers may have gone untold: what was counted of them is none, or more.
+func (e *edit) miscounted() {
 	for i := range e.chain {
 		c := &e.chain[i]
-		if c.before > 0 || c.after > 0 || e.shape(i).mixed && (c.state&moreAfter != 0 || e.among(i)) {
-			n++
+		if c.before > 0 {
+			c.before, c.state = 0, c.state|moreBefore
+		}
+		if c.after > 0 {
+			c.after, c.state = 0, c.state|moreAfter
 		}
 	}
-	return n
 }
 
 // among says whether the route at i has others of its metric beside it.
@@ -59,11 +65,10 @@ func (e *edit) close() {
 		t.entries.give(e.slots[len(e.slots)-1])
 		e.slots = e.slots[:len(e.slots)-1]
 	}
-	t.crowded += e.countCrowded() - e.crowded
-	ask := e.ask
+	ask, crowded := e.ask, false
 	for i := range e.chain {
 		c := &e.chain[i]
-		ask = ask || c.state&doubtful != 0
+		ask, crowded = ask || c.state&doubtful != 0, crowded || e.crowded(i)
 		c.next = 0
 		if i+1 < len(e.slots) {
 			c.next = e.slots[i+1]
@@ -76,10 +81,15 @@ func (e *edit) close() {
 		t.heads[e.key] = e.slots[0]
 	}
 	switch {
-	case !ask && len(t.doubts) > 0:
-		delete(t.doubts, e.key)
 	case e.ask, ask && e.changed:
 		t.doubts[e.key] = true
+	case !ask && len(t.doubts) > 0 && !t.doubts[e.key]: // what is to be asked is so because of routes that are not here, perhaps
+		delete(t.doubts, e.key)
+	}
+	if crowded {
+		t.crowded[e.key] = struct{}{}
+	} else if len(t.crowded) > 0 {
+		delete(t.crowded, e.key)
 	}
 	if e.changed {
 		t.touch(e.key)

@@ -62,6 +62,21 @@ func TestKernelDumpLeavesOut(t *testing.T) {
 	}
 }
 
+// What was left out when we began is asked about, whatever else the prefix has: the preferred route is the kernel's answer.
+func TestKernelLeftOutAtFirst(t *testing.T) {
+	l := newLab(t)
+	for _, text := range []string{"via fd01::2 dev 8", "on 7 pref 1", "via fd00::3", "metric 100 via fd01::4 dev 8"} {
+		l.put(t, opAppend, "2001:db8::/64 "+text)
+	}
+	l.hear(t)
+	l.t = New(Config{Link: l.Ours, Overlay: oracle.Overlay})
+	l.resync(t, true)
+	l.quiet(t)
+	if a := l.t.Answer(netip.MustParsePrefix("2001:db8::/64")); a.Kind != OnLink {
+		t.Errorf("got %v, want on-link", a)
+	}
+}
+
 // IPv6 routes through one nexthop object share cached entries: a FIB match tells of a route that was used earlier, and
 // ENETUNREACH when that is gone: see Settle.
 func TestKernelMatchThroughNextHop(t *testing.T) {

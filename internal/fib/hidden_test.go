@@ -42,6 +42,24 @@ func TestUnknownBehindMultipath(t *testing.T) {
 	}
 }
 
+// What else a dump shows of the prefix, behind the multipath, does not make up for the question.
+func TestUnknownBeforeOthers(t *testing.T) {
+	for _, multipath := range []string{"2001:db8::/49 via fd00::4 via fd00::6", "2001:db8::/49 via fd01::4 dev 8 via fd01::6 dev 8"} {
+		for _, other := range []string{"2001:db8::/49 metric 2000 via fd00::3", "2001:db8::/49 metric 2000 on 8"} {
+			table := New(Config{Link: ourLink})
+			table.Begin(true, true)
+			for _, line := range []string{"2001:db8::/49 metric 100 on 7", multipath, other} {
+				r := parseRoute(t, strings.Fields(line))
+				table.Dumped(&r)
+			}
+			table.End(true, true)
+			if doubts := table.Doubts(false); len(doubts) != 1 {
+				t.Errorf("%s, then %s: in doubt: %v", multipath, other, doubts)
+			}
+		}
+	}
+}
+
 // Where a dump shows a stranger's multipath, routes may be that it hides: whatever is announced there, the kernel is asked.
 func TestVeils(t *testing.T) {
 	p := netip.MustParsePrefix("2001:db8::/64")
@@ -95,9 +113,11 @@ func TestSettleThroughNextHop(t *testing.T) {
 		{"a group is named", "nexthop 4 group 3*2", "2001:db8::/64 nhid 4", "fd00::6*1"},
 		{"a shorter prefix beside", "created 2001:db8::/48 nhid 3", "2001:db8::/64 nhid 3", "fd00::6*1"},
 		{"a group beside", "nexthop 4 group 3*2\ncreated 2001:db8::/48 nhid 4", "2001:db8::/64 nhid 3", "fd00::6*1"},
+		{"beside it in a table that no rule looks at", "created 2001:db8::/64 table 100 nhid 3", "2001:db8::/64 nhid 3", "fd00::2*1"},
 		{"a group that strangers may use", "nexthop 2 via fd01::5 dev 8\nnexthop 4 group 3*2 2*1", "2001:db8::/64 nhid 4", "fd00::6*1"},
 	} {
-		table := New(Config{Link: ourLink})
+		table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+		table.SetOrder(true, []Step{{Table: kernel.TableMain, Suppress: -1}})
 		multipath := "2001:db8::/64 via fd01::2 dev 8 leg dead via fd00::6"
 		for line := range strings.Lines("nexthop 3 via fd00::2\n" + test.before + "\ncreated " + multipath + "\nappended 2001:db8::/64 nhid 3") {
 			if line = strings.TrimSpace(line); line != "" {

@@ -215,7 +215,7 @@ func (l *lab) quiet(t *testing.T) {
 func (l *lab) settle(t *testing.T, p netip.Prefix) {
 	var after netip.Prefix
 	for try := range 10 {
-		addr, ok := Probe(p, after, l.longest)
+		addr, ok := l.t.Probe(p, after)
 		if !ok {
 			return
 		}

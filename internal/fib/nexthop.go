@@ -119,6 +119,13 @@ func (t *Table) legsOf(id uint32, told []kernel.Leg) []kernel.Leg {
 // DeleteNextHop takes the deletion of a nexthop object, or that there is none: its routes go with it, most of them untold
 // (kernel.md A14), and groups lose a leg.
 func (t *Table) DeleteNextHop(id uint32) {
+	if !t.allOurs(id) {
+		for _, k := range slices.Collect(maps.Keys(t.crowded)) {
+			e := t.open(k)
+			e.miscounted() // strangers' go, too
+			e.close()
+		}
+	}
 	delete(t.missing, id)
 	if n := t.nextHops[id]; n != nil {
 		delete(t.nextHops, id)

@@ -16,7 +16,11 @@ func (t *Table) Doubts(all bool) []netip.Prefix {
 		if !ask && !all {
 			continue
 		}
-		t.doubts[k] = false
+		if _, veiled := t.veils.prefixes[k]; veiled || t.heads[k] != 0 {
+			t.doubts[k] = false
+		} else {
+			delete(t.doubts, k)
+		}
 		k.table = 0
 		if !seen[k] {
 			seen[k] = true
@@ -29,10 +33,25 @@ func (t *Table) Doubts(all bool) []netip.Prefix {
 // Doubtful is the number of prefixes with doubtful routes, counted by table.
 func (t *Table) Doubtful() int { return len(t.doubts) }
 
-// Probe returns an address of prefix by which to ask about it: one that longest, the longest known prefix for an address,
-// gives to no longer one. It begins behind after, if that is valid: a prefix that has turned out to cover the last address. False
-// if there is none, or it is not found soon.
-func Probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, bool)) (netip.Addr, bool) {
+// Probe returns an address of prefix by which to ask about it: one for which no longer prefix is known to answer. It begins behind
+// after, if that is valid: a prefix that has turned out to cover the last address. False if there is none, or it is not found soon.
+func (t *Table) Probe(prefix, after netip.Prefix) (netip.Addr, bool) {
+	return probe(prefix, after, t.longest)
+}
+
+// longest returns the longest prefix around an address whose own routes answer.
+func (t *Table) longest(addr netip.Addr) (netip.Prefix, bool) {
+	t.freshen()
+	for bits := addr.BitLen(); bits >= 0; bits-- {
+		p, _ := addr.Prefix(bits)
+		if a := t.answer(keyOf(p, 0)); a.Kind != Absent && !a.shorter {
+			return p, true
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+func probe(prefix, after netip.Prefix, longest func(netip.Addr) (netip.Prefix, bool)) (netip.Addr, bool) {
 	const tries = 64
 	addr := prefix.Masked().Addr()
 	if !prefix.IsSingleIP() {
@@ -153,6 +172,9 @@ func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Ad
 	for bits := addr.BitLen(); bits >= 0; bits-- {
 		p, _ := addr.Prefix(bits)
 		for index, table := range t.cfg.Tables {
+			if !looksAt(t.order[familyIndex(true)], table) {
+				continue
+			}
 			for i := t.heads[keyOf(p, uint16(index))]; i != 0; i = t.entries.at(i).next {
 				c := t.entries.at(i)
 				id := t.shapes.all[c.shape].route.NextHop
@@ -318,6 +340,9 @@ func (e *edit) lead(at int) {
 
 // rest writes the chain back; what is still doubtful has been asked about.
 func (e *edit) rest() {
+	if e.t.doubts[e.key] {
+		e.t.doubts[e.key] = false
+	}
 	e.close()
 	if _, ok := e.t.doubts[e.key]; ok {
 		e.t.doubts[e.key] = false

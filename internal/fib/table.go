@@ -42,8 +42,8 @@ type Table struct {
 
 	learned int
 	throws  int
-	crowded int // entries whose place others' links decide
 	refused uint64
+	crowded map[key]struct{} // chains in which others' links decide a place
 
 	unlearned bool // what was refused may be there still
 }
@@ -93,6 +93,7 @@ func New(cfg Config) *Table {
 		stale:    make(map[uint32]bool),
 		missing:  make(map[uint32]bool),
 		untold:   make(map[key]struct{}),
+		crowded:  make(map[key]struct{}),
 		veils:    veils{make(map[key]veil), make(map[int32]uint8)},
 	}
 	t.shapes.init()
@@ -145,7 +146,7 @@ func (t *Table) ResyncNeeded() bool {
 // does not announce of routes (kernel.md A7, A8, A14), changes what is known here: the places of our routes among others', a nexthop
 // object's legs, or what a multipath of the interface hides.
 func (t *Table) Depends(link int32) bool {
-	if _, veiled := t.veils.links[link]; veiled || t.crowded > 0 {
+	if _, veiled := t.veils.links[link]; veiled || len(t.crowded) > 0 {
 		return true
 	}
 	for _, n := range t.nextHops {

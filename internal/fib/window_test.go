@@ -282,9 +282,31 @@ func TestProbe(t *testing.T) {
 		if test.after != "" {
 			after = netip.MustParsePrefix(test.after)
 		}
-		if got, ok := Probe(netip.MustParsePrefix(test.prefix), after, longest); got.String() != test.want || ok != got.IsValid() {
+		if got, ok := probe(netip.MustParsePrefix(test.prefix), after, longest); got.String() != test.want || ok != got.IsValid() {
 			t.Errorf("%s after %q: got %v, %v, want %s", test.prefix, test.after, got, ok, test.want)
 		}
+	}
+}
+
+// Where a longer prefix has the answer of a shorter one, because a route of our own is there in a table that no rule looks at, the shorter
+// one can be asked about.
+func TestProbeBesideOwn(t *testing.T) {
+	table := New(Config{Link: ourLink, Protocol: ourProto, Tables: []uint32{someTable, kernel.TableMain}})
+	table.SetOrder(false, []Step{{Table: kernel.TableMain, Suppress: -1}})
+	for _, line := range []string{
+		"created 192.0.2.0/24 via 10.0.0.5", "created 192.0.2.0/25 table 100 proto 111 on 7", "created 192.0.2.128/25 table 100 proto 111 on 7",
+	} {
+		apply(t, table, line)
+	}
+	if a := table.Answer(netip.MustParsePrefix("192.0.2.0/25")); a.String() != "10.0.0.5*1" {
+		t.Errorf("the longer prefix has %v", a)
+	}
+	if addr, ok := table.Probe(netip.MustParsePrefix("192.0.2.0/24"), netip.Prefix{}); addr.String() != "192.0.2.1" || !ok {
+		t.Errorf("ask by %v (%v)", addr, ok)
+	}
+	apply(t, table, "created 192.0.2.0/25 via 10.0.0.6")
+	if addr, ok := table.Probe(netip.MustParsePrefix("192.0.2.0/24"), netip.Prefix{}); addr.String() != "192.0.2.128" || !ok {
+		t.Errorf("beside what has its own answer ask by %v (%v)", addr, ok)
 	}
 }
 
