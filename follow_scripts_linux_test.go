@@ -54,6 +54,14 @@ var scripts = map[string][]string{
 		"-6 route del fd09::/64 dev DEV metric 50", "fd09::1 on-link",
 		"-6 route del fd09::/64 dev DEV metric 50", "fd09::1 none",
 	},
+	"a replace takes one of two alike, IPv6": {
+		"nexthop add id 2 via fd42::9 dev DEV\n-6 route add fd09::/64 nhid 2 metric 50\n-6 route append fd09::/64 dev DEV metric 50", "fd09::1 fd42::9",
+		"-6 route replace fd09::/64 dev DEV metric 50", "fd09::1 on-link",
+		"-6 rule del pref 32766", "fd09::1 none",
+		"-6 rule add pref 100 table main", "fd09::1 on-link", // the dump for the rules shows both
+		"-6 route replace fd09::/64 via fd42::10 metric 50", "fd09::1 fd42::10",
+		"-6 route del fd09::/64 via fd42::10 metric 50", "fd09::1 on-link",
+	},
 	"fib_tests: suppress": {
 		"route add default via 10.42.0.9", "1.2.3.4 10.42.0.9",
 		"rule add pref 100 table main suppress_prefixlength 0", "1.2.3.4 10.42.0.9",

@@ -176,7 +176,7 @@ func (e *edit) replace4(lo, hi int, n entry) {
 	case first.before > 0: // a stranger's
 		first.before--
 		e.insert(lo, n)
-	case first.state&moreBefore != 0, e.unsure(n.shape, lo, hi):
+	case first.state&(moreBefore|twin) != 0, e.unsure(n.shape, lo, hi):
 		e.insert(lo, n)
 		e.doubt(lo+1, lo+2)
 	default:
@@ -230,7 +230,7 @@ func (e *edit) taken(lo, hi, i int, byNextHop bool) {
 	c := &e.chain[i]
 	switch {
 	case c.before > 0:
-	case c.state&moreBefore != 0, byNextHop && e.strangers(lo, hi):
+	case c.state&(moreBefore|twin) != 0, byNextHop && e.strangers(lo, hi):
 		c.before, c.state = 1, c.state|moreBefore
 		e.doubt(i, i+1)
 	case e.t.windows[e.key.family()].open:

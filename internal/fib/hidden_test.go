@@ -136,6 +136,29 @@ func TestSettleThroughNextHop(t *testing.T) {
 	}
 }
 
+// An answer that may be about either of two routes through a nexthop object still tells that nothing stands before both.
+func TestOutdone(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/64")
+	for _, test := range []struct{ doubtful, want string }{
+		{"2001:db8::/64 on 7 pref 1", "fd00::2*1"},
+		{"2001:db8::/64 metric 9 on 7", "fd00::2*1"},
+		{"2001:db8::/64 on 7", "on-link"}, // where it stands is not certain
+		{"2001:db8::/64 metric 90 on 7", "fd00::2*1"},
+	} {
+		table := New(Config{Link: ourLink})
+		for _, line := range []string{"nexthop 3 via fd00::2", "created 2001:db8::/48 nhid 3", "created " + test.doubtful, "appended 2001:db8::/64 nhid 3"} {
+			apply(t, table, line)
+		}
+		table.Begin(true, true)
+		table.End(true, false)
+		got := parseRoute(t, strings.Fields("2001:db8::/48 nhid 3"))
+		table.Settle(p, p.Addr().Next(), &got)
+		if a := table.Answer(p); a.String() != test.want {
+			t.Errorf("%s: got %v, want %s", test.doubtful, a, test.want)
+		}
+	}
+}
+
 // What was hidden and leads through a nexthop object is learned from the answer, although another route through the object is known;
 // if the answer names that one, a dump is wanted.
 func TestHiddenThroughNextHop(t *testing.T) {
@@ -224,19 +247,21 @@ func TestHeldTwice(t *testing.T) {
 		"an answer": func(table *Table) { table.Settle(p, p.Addr().Next(), &got) },
 		"nothing":   func(*Table) {},
 	} {
-		table := New(Config{Link: ourLink})
-		apply(t, table, "created 2001:db8::/48 on 7 detail b")
-		apply(t, table, "appended "+route)
-		apply(t, table, "replaced "+route)
-		between(table)
-		table.Doubts(false)
-		apply(t, table, "deleted "+route)
-		if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
-			t.Errorf("%s: in doubt: %v", name, doubts)
-		}
-		table.Settle(p, p.Addr().Next(), &got)
-		if a := table.Answer(p); a.Kind != OnLink {
-			t.Errorf("%s: got %v", name, a)
+		for _, end := range []string{"deleted " + route, "replaced 2001:db8::/48 on 8", "replaced 2001:db8::/48 via fd00::2"} {
+			table := New(Config{Link: ourLink})
+			apply(t, table, "created 2001:db8::/48 on 7 detail b")
+			apply(t, table, "appended "+route)
+			apply(t, table, "replaced "+route)
+			between(table)
+			table.Doubts(false)
+			apply(t, table, end)
+			if doubts := table.Doubts(false); !slices.Equal(doubts, []netip.Prefix{p}) {
+				t.Errorf("%s, then %s: in doubt: %v", name, end, doubts)
+			}
+			table.Settle(p, p.Addr().Next(), &got)
+			if a := table.Answer(p); a.Kind != OnLink {
+				t.Errorf("%s, then %s: got %v", name, end, a)
+			}
 		}
 	}
 }

@@ -103,6 +103,9 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		}
 		t.untold[k] = struct{}{}
 		t.resync = t.needDump(k) || t.resync
+		if got != nil && t.allOurs(got.NextHop) {
+			t.outdo(prefix, addr, got.NextHop)
+		}
 		return hidden
 	}
 	longer := got != nil && got.Prefix.Bits() > prefix.Bits()
@@ -189,6 +192,42 @@ func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Ad
 		}
 	}
 	return found
+}
+
+// outdo takes an answer through a nexthop object that may be about any of several routes: what the kernel would prefer to the first of
+// them, wherever it stands, is gone if it was doubtful.
+func (t *Table) outdo(prefix netip.Prefix, addr netip.Addr, id uint32) {
+	for _, step := range t.order[familyIndex(true)] {
+		switch {
+		case step.Selective:
+			return // it may be about a table of which probes do not tell
+		case step.To.IsValid() && !step.To.Contains(addr):
+			continue
+		}
+		for bits := addr.BitLen(); bits > int(step.Suppress); bits-- {
+			p, _ := addr.Prefix(bits)
+			e := t.open(keyOf(p, t.tables[step.Table]))
+			at := e.best(func(sh *shape) bool { return sh.route.NextHop != 0 && t.share(sh.route.NextHop, id) })
+			if at >= 0 && p == prefix {
+				e.outdone(at)
+				e.rest()
+			}
+			if at >= 0 {
+				return
+			}
+		}
+	}
+}
+
+// best returns the first route of some that the kernel's look-up would take, as far as that does not depend on the place; negative: none.
+func (e *edit) best(some func(*shape) bool) int {
+	best := -1
+	for i := range e.chain {
+		if some(e.shape(i)) && (best < 0 || e.chain[i].metric == e.chain[best].metric && e.preferred(i, best)) {
+			best = i
+		}
+	}
+	return best
 }
 
 // matters says whether the answer for a prefix is itself doubtful.
@@ -310,23 +349,28 @@ func (e *edit) passed() {
 		}
 	}
 	if at >= 0 {
-		lo, _ := e.group(e.chain[at].metric)
-		was := len(e.chain)
-		e.absent(0, lo)
-		e.lead(at - was + len(e.chain))
+		e.lead(at)
 	}
 }
 
-// lead puts the route at a place before all of its metric that are in use. What the kernel would prefer to it wherever it
-// stands is gone, if it was doubtful; what it seemed to stand behind is doubtful.
-func (e *edit) lead(at int) {
-	lo, hi := e.group(e.chain[at].metric)
-	for i := hi - 1; i >= lo; i-- {
-		if i != at && e.preferred(i, at) && e.chain[i].state&doubtful != 0 && e.answers(i) {
+// outdone removes the doubtful routes that the kernel would prefer to the one at a place, wherever they stand, and returns its place then.
+func (e *edit) outdone(at int) int {
+	for i := len(e.chain) - 1; i >= 0; i-- {
+		c, than := &e.chain[i], &e.chain[at]
+		preferred := c.metric < than.metric || c.metric == than.metric && e.preferred(i, at)
+		if i != at && preferred && c.state&doubtful != 0 && e.answers(i) {
 			e.remove(i)
 			at -= btoi(i < at)
 		}
 	}
+	return at
+}
+
+// lead puts the route at a place before all of its metric that are in use: the kernel answers with it. What it seemed to stand behind is
+// doubtful.
+func (e *edit) lead(at int) {
+	at = e.outdone(at)
+	lo, _ := e.group(e.chain[at].metric)
 	for i := lo; i < at; i++ {
 		if e.answers(i) && !e.preferred(at, i) {
 			c := e.chain[at]
