@@ -111,8 +111,10 @@ func TestSettleThroughNextHop(t *testing.T) {
 		{"the only one", "", "2001:db8::/64 nhid 3", "fd00::2*1"},
 		{"another is named", "", "2001:db8::/48 metric 9 nhid 3", "fd00::6*1"},
 		{"a group is named", "nexthop 4 group 3*2", "2001:db8::/64 nhid 4", "fd00::6*1"},
-		{"a shorter prefix beside", "created 2001:db8::/48 nhid 3", "2001:db8::/64 nhid 3", "fd00::6*1"},
-		{"a group beside", "nexthop 4 group 3*2\ncreated 2001:db8::/48 nhid 4", "2001:db8::/64 nhid 3", "fd00::6*1"},
+		{"a longer prefix beside", "created 2001:db8::/126 nhid 3", "2001:db8::/64 nhid 3", "fd00::6*1"},
+		{"a group beside", "nexthop 4 group 3*2\ncreated 2001:db8::/126 nhid 4", "2001:db8::/64 nhid 3", "fd00::6*1"},
+		{"a shorter prefix beside, which is behind what is there", "created 2001:db8::/48 nhid 3", "2001:db8::/64 nhid 3", "fd00::2*1"},
+		{"a higher metric beside, likewise", "created 2001:db8::/64 metric 99 nhid 3", "2001:db8::/64 nhid 3", "fd00::2*1"},
 		{"beside it in a table that no rule looks at", "created 2001:db8::/64 table 100 nhid 3", "2001:db8::/64 nhid 3", "fd00::2*1"},
 		{"a group that strangers may use", "nexthop 2 via fd01::5 dev 8\nnexthop 4 group 3*2 2*1", "2001:db8::/64 nhid 4", "fd00::6*1"},
 	} {

@@ -171,63 +171,67 @@ func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Ad
 			return true
 		}
 	}
-	found := false
-	for bits := addr.BitLen(); bits >= 0; bits-- {
-		p, _ := addr.Prefix(bits)
-		for index, table := range t.cfg.Tables {
-			if !looksAt(t.order[familyIndex(true)], table) {
-				continue
-			}
-			for i := t.heads[keyOf(p, uint16(index))]; i != 0; i = t.entries.at(i).next {
-				c := t.entries.at(i)
-				id := t.shapes.all[c.shape].route.NextHop
-				if id == 0 || !t.share(id, got.NextHop) {
-					continue
-				}
-				if found || id != got.NextHop || p != got.Prefix || table != got.Table || c.metric != got.Metric {
-					return false
-				}
-				found = true
-			}
-		}
+	routes := t.through(addr, got.NextHop)
+	if len(routes) != 1 {
+		return false
 	}
-	return found
+	r := &routes[0]
+	return r.prefix() == got.Prefix && t.cfg.Tables[r.table] == got.Table && r.metric == got.Metric && t.shapes.all[r.shape].route.NextHop == got.NextHop
 }
 
-// outdo takes an answer through a nexthop object that may be about any of several routes: what the kernel would prefer to the first of
-// them, wherever it stands, is gone if it was doubtful.
-func (t *Table) outdo(prefix netip.Prefix, addr netip.Addr, id uint32) {
-	for _, step := range t.order[familyIndex(true)] {
-		switch {
-		case step.Selective:
-			return // it may be about a table of which probes do not tell
-		case step.To.IsValid() && !step.To.Contains(addr):
+// placed is a route by its place.
+type placed struct {
+	key
+	metric, shape uint32
+}
+
+// through lists, as far as they are known, the routes around addr that an answer through a nexthop object can be about, in the order of
+// the look-up: those that lead through the object, or through a group that shares a leg with it, as far as the look-up comes. It ends
+// with what certainly answers.
+func (t *Table) through(addr netip.Addr, id uint32) (routes []placed) {
+	for _, step := range t.order[familyIndex(addr.Is6())] {
+		if step.To.IsValid() && !step.To.Contains(addr) {
 			continue
 		}
 		for bits := addr.BitLen(); bits > int(step.Suppress); bits-- {
 			p, _ := addr.Prefix(bits)
 			e := t.open(keyOf(p, t.tables[step.Table]))
-			at := e.best(func(sh *shape) bool { return sh.route.NextHop != 0 && t.share(sh.route.NextHop, id) })
-			if at >= 0 && p == prefix {
-				e.outdone(at)
-				e.rest()
+			end := false
+			for i, c := range e.chain {
+				if end && c.metric != e.chain[i-1].metric {
+					break
+				}
+				sh := e.shape(i)
+				if via := sh.route.NextHop; via != 0 && t.share(via, id) {
+					routes = append(routes, placed{e.key, c.metric, c.shape})
+				}
+				end = end || c.state&doubtful == 0 && sh.kind != Absent && !step.Selective
 			}
-			if at >= 0 {
-				return
+			if end {
+				return routes
 			}
 		}
 	}
+	return routes
 }
 
-// best returns the first route of some that the kernel's look-up would take, as far as that does not depend on the place; negative: none.
-func (e *edit) best(some func(*shape) bool) int {
-	best := -1
-	for i := range e.chain {
-		if some(e.shape(i)) && (best < 0 || e.chain[i].metric == e.chain[best].metric && e.preferred(i, best)) {
-			best = i
+// outdo takes an answer through a nexthop object that may be about any of several routes: what the kernel would prefer to the first of
+// them, wherever it stands, is gone if it was doubtful.
+func (t *Table) outdo(prefix netip.Prefix, addr netip.Addr, id uint32) {
+	routes := t.through(addr, id)
+	if len(routes) == 0 || routes[0].prefix() != prefix {
+		return
+	}
+	first := routes[0]
+	e := t.open(first.key)
+	for _, r := range routes[1:] { // the first of a chain may not be the one that its metric's preference puts first
+		if r.key == first.key && r.metric == first.metric && rank(t.shapes.all[r.shape].route.Pref) > rank(t.shapes.all[first.shape].route.Pref) {
+			first = r
 		}
 	}
-	return best
+	lo, hi := e.group(first.metric)
+	e.outdone(e.find(lo, hi, first.shape))
+	e.rest()
 }
 
 // matters says whether the answer for a prefix is itself doubtful.
