@@ -93,9 +93,9 @@
 // In examples/bgpmesh BIRD and FRR steer an overlay so.
 //
 // The tables count in the order in which the rules look at them; one that only rules for other packets name (of a mark, a source,
-// an interface) comes after those. What is not followed: suppress_ifgroup; goto, or not, with a destination; and where a route of an
-// earlier table throws, the Routes of Config that are shorter than it. In rare orders of changes among several routes of one prefix the
-// answer is an older one until all is read again, every five minutes. Of more kernel routes than SystemRoutes.Max the first are
+// an interface) comes after those. What is not followed: suppress_ifgroup; goto, or not, with a destination; where a route of an
+// earlier table throws, the Routes of Config that are shorter than it; and, where there are nexthop objects, an IPv6 route that throws
+// between the legs of a multipath, of which the kernel tells nothing. Of more kernel routes than SystemRoutes.Max the first are
 // followed, the others as there is room; that is an EventDegraded.
 //
 // # Privileges

@@ -37,6 +37,7 @@ func newFollowOracle(t *testing.T, world int) *followOracle {
 	t.Helper()
 	o := &followOracle{lab: newLab(t, nstest.NetAdmin), name: "ours", bound: leeway * time.Second}
 	o.Churn = &oracle.Churn{Protocol: 4, NoThrow: world%4 < 2, Rand: rand.New(rand.NewPCG(*seed, uint64(world)))}
+	o.Prefixes = [][]netip.Prefix{oracle.All, oracle.Few(false), oracle.Few(true)}[world/4%3]
 	o.Tell = func(change string, err error) { o.note("%s: %v", change, err) }
 	o.cfg = Config{
 		Name: "ours", MTU: 1400, Networks: []netip.Prefix{oracle.Own4, oracle.Own6}, NoHeal: world%2 == 0,
@@ -62,7 +63,7 @@ func (o *followOracle) makeOther() {
 
 // routes are some for a Config, at prefixes where churn is.
 func (o *followOracle) routes() (routes []Route) {
-	for _, p := range oracle.Prefixes[2:] {
+	for _, p := range o.Prefixes[2:] {
 		if !o.NoThrow || o.IntN(6) > 0 || slices.ContainsFunc(routes, func(r Route) bool { return r.Prefix == p }) {
 			continue
 		}

@@ -78,8 +78,10 @@ func TestSoak(t *testing.T) {
 func newSoak(t *testing.T) *soak {
 	t.Helper()
 	s := &soak{followOracle: newFollowOracle(t, 1), dice: rand.New(rand.NewPCG(*seed, 77))}
-	// Else TCP doubles its pauses and finds the link down, time after time, for minutes. Kernels before 6.15 know no such bound.
+	// Else TCP doubles its pauses and finds the link down, time after time, for minutes. Kernels before 6.15 know no such bound. With it
+	// TCP would give up after some sixteen seconds; a repair that failed may wait longer for the next.
 	_, _ = s.ns.TryRun("sysctl -qw net.ipv4.tcp_rto_max_ms=1000")
+	s.ns.Run(s, "sysctl -qw net.ipv4.tcp_retries2=200")
 	s.bound = 5 * leeway * time.Second // beside traffic as fast as it goes
 	s.do("-4 rule add pref 1 to 10.77.0.0/24 table main", "-6 rule add pref 1 to fd77::/64 table main")
 	s.cfg.Networks = append(s.cfg.Networks, soakNear...)

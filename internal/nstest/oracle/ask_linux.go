@@ -3,6 +3,7 @@ package oracle
 import (
 	"errors"
 	"net/netip"
+	"slices"
 
 	"example.com/overlay/internal/kernel"
 	"example.com/overlay/internal/rtnl"
@@ -143,8 +144,15 @@ func Joins(r *kernel.FIBRoute) bool {
 		len(r.Legs) > 0 && r.Legs[0].Gateway.IsValid()
 }
 
+func halfDead(legs []kernel.Leg) bool {
+	dead := func(leg kernel.Leg) bool { return leg.Dead }
+	alive := func(leg kernel.Leg) bool { return !leg.Dead }
+	return slices.ContainsFunc(legs, dead) && slices.ContainsFunc(legs, alive)
+}
+
 // Hole says whether a Miss says nothing: a route that throws covers dst, so that the kernel goes past the shorter ones of
-// its table, or an IPv6 route through a nexthop object does, whose cached entries miss when another has used them before.
+// its table, or an IPv6 route through a nexthop object does, whose cached entries miss when another has used them before, or
+// a multipath that may hide either of them (no dump shows what stands between its legs), where one of its legs is dead.
 func (w *World) Hole(dst netip.Addr) (bool, error) {
 	family := uint8(unix.AF_INET)
 	if dst.Is6() {
@@ -158,7 +166,7 @@ func (w *World) Hole(dst netip.Addr) (bool, error) {
 		for _, m := range messages {
 			var r kernel.FIBRoute
 			if rtnl.DecodeFIBRoute(m, &r) == nil && r.Prefix.Contains(dst) &&
-				(r.Type == unix.RTN_THROW || r.NextHop != 0 && dst.Is6()) {
+				(r.Type == unix.RTN_THROW || dst.Is6() && (r.NextHop != 0 || halfDead(r.Legs))) {
 				return true, nil
 			}
 		}

@@ -15,9 +15,10 @@ import (
 type Churn struct {
 	*rand.Rand
 	World       *World
-	Protocol    uint8 // of every fifth route
-	NoThrow     bool  // no route throws
-	Steps, Done int   // changes so far, and those that the kernel carried out
+	Prefixes    []netip.Prefix // of the routes: All, or Few
+	Protocol    uint8          // of every fifth route
+	NoThrow     bool           // no route throws
+	Steps, Done int            // changes so far, and those that the kernel carried out
 
 	Tell func(change string, err error) // each change and what the kernel says of it; nil: nobody listens
 
@@ -55,7 +56,7 @@ func (c *Churn) leg(is6 bool) kernel.Leg {
 
 func (c *Churn) route() kernel.FIBRoute {
 	r := kernel.FIBRoute{
-		Prefix: OneOf(c.Rand, Prefixes...), Table: OneOf[uint32](c.Rand, kernel.TableMain, kernel.TableMain, SomeTable, lostTable),
+		Prefix: OneOf(c.Rand, c.Prefixes...), Table: OneOf[uint32](c.Rand, kernel.TableMain, kernel.TableMain, SomeTable, lostTable),
 		Metric: OneOf[uint32](c.Rand, 50, 50, 100), Type: kernel.TypeUnicast, Protocol: OneOf[uint8](c.Rand, 3, 3, 4, 4, c.Protocol),
 	}
 	is6 := r.Prefix.Addr().Is6()
@@ -157,7 +158,7 @@ func (c *Churn) Step() {
 // Destinations are in all prefixes, and beside them.
 func (c *Churn) Destinations() []netip.Addr {
 	var all []netip.Addr
-	for _, p := range Prefixes {
+	for _, p := range c.Prefixes {
 		a := p.Addr()
 		some := []netip.Addr{a, a.Next(), kernel.Behind(p)}
 		if !p.IsSingleIP() {

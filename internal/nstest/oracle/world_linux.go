@@ -40,8 +40,21 @@ func Overlay(a netip.Addr) bool {
 	return (Own4.Contains(a) || Own6.Contains(a)) && a != Own4.Addr() && a != Own6.Addr()
 }
 
-// Prefixes nest, so that the longest match matters.
-var Prefixes = func() []netip.Prefix {
+// Few are prefixes of a family, so few that many routes come to be alike but for what makes one stand before the other.
+func Few(is6 bool) []netip.Prefix {
+	few := []string{"0.0.0.0/0", "192.0.2.0/24", "192.0.2.0/30"}
+	if is6 {
+		few = []string{"::/0", "2001:db8::/48", "2001:db8::/64"}
+	}
+	var prefixes []netip.Prefix
+	for _, p := range few {
+		prefixes = append(prefixes, netip.MustParsePrefix(p))
+	}
+	return prefixes
+}
+
+// All are prefixes of both families, so nested that the longest match matters.
+var All = func() []netip.Prefix {
 	all := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0"), netip.MustParsePrefix("::/0")}
 	for i := range 6 {
 		a4, a6 := netip.AddrFrom4([4]byte{192, 0, 2, byte(i * 40)}), netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 7: byte(i)})
