@@ -212,6 +212,9 @@ type following struct {
 	scratch kernel.FIBRoute
 
 	routes    [2]uint64      // announced so far, by family
+	heard     uint64         // announcements that may have changed the table
+	vain      uint64         // as many as had been heard when a quiet look for what is untold ended
+	quiet     bool           // nothing was announced during the last look
 	lost      bool           // announcements
 	deaf      bool           // there are none any more
 	link      rtnl.LinkState // as last announced
@@ -431,6 +434,7 @@ func (f *following) apply(m rtnl.Message) {
 		f.look(errors.New("the routing rules or settings changed"))
 		return
 	}
+	f.heard++
 	f.dirty = true
 }
 

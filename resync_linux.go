@@ -20,6 +20,9 @@ func (f *following) resyncNow() {
 	f.pending = nil
 	cost, err := processorTime(func() error {
 		err := f.readAll()
+		if reason == errUntold && err == nil && f.quiet {
+			f.vain = f.heard // another would show the same
+		}
 		f.settle() // nobody may announce anything for long
 		return err
 	})
@@ -101,6 +104,7 @@ func (f *following) readAll() error {
 		defer func() { _ = f.filter() }()
 	}
 	f.hear(1 << 20)
+	f.quiet = true
 	if err := f.readNextHops(); err != nil {
 		return fmt.Errorf("read the nexthop objects: %w", err)
 	}
@@ -181,6 +185,7 @@ func (f *following) readRoutes(family uint8) error {
 		quiet, failed = false, errShort
 	}
 	f.locked(func(t *fib.Table) { t.End(is6, quiet) })
+	f.quiet = f.quiet && quiet
 	f.dirty = true
 	return failed
 }
@@ -287,7 +292,7 @@ func (f *following) settle() {
 		var doubts []netip.Prefix
 		f.locked(func(t *fib.Table) {
 			missing, doubts = t.MissingNextHops(), t.Doubts(false)
-			if t.ResyncNeeded() {
+			if t.ResyncNeeded(f.vain > 0 && f.vain == f.heard) {
 				f.look(errUntold)
 			}
 		})

@@ -17,7 +17,7 @@ type Answer struct {
 	First  bool // no route of equal metric that we have installed ourselves stands before it
 	Over   bool // a route of this prefix that we have installed ourselves stands in a later table; the answer may be a shorter prefix's
 
-	shorter bool // it is
+	shorter bool // the route that answers is a shorter prefix's, and answers beside this prefix, too
 }
 
 // Changes yields, once, the prefixes whose answer may have changed since the last call, with the answer now. If the caller
@@ -126,7 +126,7 @@ func (t *Table) answer(k key) Answer {
 			a.Table, a.First, a.Over, a.shorter = step.Table, true, true, true
 			return a
 		case a.Kind != Absent:
-			a.Table, a.shorter = step.Table, at.bits != k.bits
+			a.Table, a.shorter = step.Table, at.bits != k.bits && !thrown
 			a.Over = cover != nil && t.owns(k) && !t.owned[k.family()][at.table].Get(p)
 			return a
 		case cover != nil:

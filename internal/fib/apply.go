@@ -112,10 +112,17 @@ func (e *edit) put4(lo, hi int, change kernel.Change, n entry) {
 		hi = e.clear(lo, hi)
 	}
 	if at := e.find(lo, hi, n.shape); at >= 0 {
-		if change == kernel.Replaced || change == kernel.Refreshed {
+		gone := change != kernel.Refreshed && e.chain[at].state&doubtful != 0
+		if !gone && (change == kernel.Replaced || change == kernel.Refreshed) {
 			// The kernel holds no route twice, so this says that the nexthop object behind it changed.
 			e.settle(at)
 			e.changed = true
+			return
+		}
+		if change == kernel.Replaced && e.shape(at).route.NextHop != 0 {
+			// Either that, or it had gone, and has taken the place of the first.
+			e.settle(at)
+			e.doubt(lo, hi)
 			return
 		}
 		e.remove(at) // it had gone untold, or was shown by a dump

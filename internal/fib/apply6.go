@@ -68,7 +68,7 @@ func (e *edit) replace6(lo, hi int, n entry) {
 			e.doubt(lo, hi)
 			e.chain[same].state |= twin
 		}
-	case e.strangers(lo, hi), e.t.windows[e.key.family()].open, e.chain[max(at, lo)].state&twin != 0:
+	case e.unsure6(lo, hi, at), e.t.windows[e.key.family()].open, e.chain[max(at, lo)].state&twin != 0:
 		e.insert(lo, n)
 		e.doubt(lo, hi+1)
 	default:
@@ -85,6 +85,14 @@ func (e *edit) replace6(lo, hi int, n entry) {
 			e.settle(at)
 		}
 	}
+}
+
+// unsure6 says whether the route at a place, the first of its kind that is known, may not be what a replacement takes; at < 0: none is known.
+func (e *edit) unsure6(lo, hi, at int) bool {
+	if at < 0 {
+		return e.strangers(lo, hi)
+	}
+	return e.strangers(lo, at) || e.chain[at].before > 0 || e.chain[at].state&moreBefore != 0
 }
 
 func btoi(b bool) int {

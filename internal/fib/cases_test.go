@@ -132,11 +132,11 @@ func TestNextHopMoves(t *testing.T) {
 			t.Errorf("%v: %v", p, a)
 		}
 	}
-	if table.Learned() != 0 || len(table.heads) != 0 || table.ResyncNeeded() {
+	if table.Learned() != 0 || len(table.heads) != 0 || table.ResyncNeeded(false) {
 		t.Errorf("learned %d, kept %d", table.Learned(), len(table.heads))
 	}
 	apply(t, table, "nexthop 1 via 10.0.0.3")
-	if !table.ResyncNeeded() || table.ResyncNeeded() {
+	if !table.ResyncNeeded(false) || table.ResyncNeeded(false) {
 		t.Error("no resync, or two, after the object has come back")
 	}
 }
@@ -160,7 +160,7 @@ func TestFirst(t *testing.T) {
 		for _, line := range test.hear {
 			apply(t, table, line)
 		}
-		if got, want := len(table.crowded), table.recount(); got != want {
+		if got, want := len(table.counted)+len(table.mixed), table.recount(); got != want {
 			t.Errorf("%s: strangers in %d chains, known are %d", test.name, want, got)
 		}
 		if a := table.Answer(netip.MustParsePrefix("192.0.2.0/24")); a.Kind != Via || a.First != test.want {
@@ -287,22 +287,22 @@ func TestMaxReached(t *testing.T) {
 	dump(false, prefix4+" via 10.0.0.3")
 	dump(true, prefix6+" via fd00::2 via fd00::3")
 	answers("10.0.0.3*1", "fd00::2*1 fd00::3*1")
-	if table.Refused() != 0 || table.ResyncNeeded() {
+	if table.Refused() != 0 || table.ResyncNeeded(false) {
 		t.Errorf("refused %d; or a resync is wanted", table.Refused())
 	}
 	dump(false, prefix4+" via 10.0.0.4") // a replacement that went untold
 	answers("absent", "fd00::2*1 fd00::3*1")
-	if !table.ResyncNeeded() || table.ResyncNeeded() {
+	if !table.ResyncNeeded(false) || table.ResyncNeeded(false) {
 		t.Error("there is room, and no resync is wanted once")
 	}
 	dump(false, prefix4+" via 10.0.0.4")
 	answers("10.0.0.4*1", "fd00::2*1 fd00::3*1")
 	apply(t, table, "created 192.0.3.0/24 via 10.0.0.2")
-	if table.ResyncNeeded() {
+	if table.ResyncNeeded(false) {
 		t.Error("a resync is wanted where there is no room")
 	}
 	apply(t, table, "deleted "+prefix6+" via fd00::2 via fd00::3")
-	if !table.ResyncNeeded() {
+	if !table.ResyncNeeded(false) {
 		t.Error("there is room, and no resync is wanted")
 	}
 }

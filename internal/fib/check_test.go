@@ -16,7 +16,7 @@ import (
 func (w *world) settle(t testing.TB) {
 	resynced := false
 	for round := 0; ; round++ {
-		if w.t.ResyncNeeded() && !resynced {
+		if w.t.ResyncNeeded(false) && !resynced {
 			w.resync()
 			resynced = true
 		}
@@ -66,7 +66,7 @@ func (w *world) longest(dst netip.Addr) (netip.Prefix, bool) {
 // check compares with the kernel's answers: exactly where it hands us the packet, and a miss where no route of ours leads.
 func (w *world) check(t testing.TB, exact bool) {
 	t.Helper()
-	if got, want := len(w.t.crowded), w.t.recount(); got != want {
+	if got, want := len(w.t.counted)+len(w.t.mixed), w.t.recount(); got != want {
 		t.Fatalf("others' links decide a place in %d chains, known are %d", want, got)
 	}
 	for p, a := range w.t.Changes() {
@@ -144,23 +144,26 @@ func (w *world) covered(dst netip.Addr) bool {
 	return false
 }
 
-// recount is in how many chains others' links decide a place.
+// recount is in how many chains strangers are counted, and in how many others decide a multipath's place.
 func (t *Table) recount() (n int) {
 	for _, i := range t.heads {
 		chain := make(map[uint32]int) // by metric
 		for at := i; at != 0; at = t.entries.at(at).next {
 			chain[t.entries.at(at).metric]++
 		}
-		crowded := false
+		counted, mixed := 0, 0
 		for ; i != 0; i = t.entries.at(i).next {
 			c := t.entries.at(i)
 			sh := &t.shapes.all[c.shape]
 			elsewhere := sh.joins && slices.ContainsFunc(sh.route.Legs, func(leg kernel.Leg) bool { return leg.Link != t.cfg.Link })
-			crowded = crowded || c.before > 0 || c.after > 0 || elsewhere && (c.state&moreAfter != 0 || chain[c.metric] > 1)
+			if c.before > 0 || c.after > 0 {
+				counted = 1
+			}
+			if elsewhere && (c.state&moreAfter != 0 || chain[c.metric] > 1) {
+				mixed = 1
+			}
 		}
-		if crowded {
-			n++
-		}
+		n += counted + mixed
 	}
 	return n
 }

@@ -23,14 +23,13 @@ func (t *Table) open(k key) *edit {
 	return e
 }
 
-// crowded says whether strangers are counted around the route at i, or it is a multipath that others share and that stands with other
-// routes: an IPv6 multipath stands where its first leg stands that is in use.
-func (e *edit) crowded(i int) bool {
-	c := &e.chain[i]
-	return c.before > 0 || c.after > 0 || e.shape(i).mixed && (c.state&moreAfter != 0 || e.among(i))
+// mixed says whether the route at i is a multipath that others share and that stands with other routes: an IPv6 multipath stands where
+// its first leg stands that is in use.
+func (e *edit) mixed(i int) bool {
+	return e.shape(i).mixed && (e.chain[i].state&moreAfter != 0 || e.among(i))
 }
 
-// miscounted notes that strangers may have gone untold: what was counted of them is none, or more.
+// miscounted notes that strangers may have gone untold: of those that were counted there may be any number.
 func (e *edit) miscounted() {
 	for i := range e.chain {
 		c := &e.chain[i]
@@ -65,10 +64,10 @@ func (e *edit) close() {
 		t.entries.give(e.slots[len(e.slots)-1])
 		e.slots = e.slots[:len(e.slots)-1]
 	}
-	ask, crowded := e.ask, false
+	ask, counted, mixed := e.ask, false, false
 	for i := range e.chain {
 		c := &e.chain[i]
-		ask, crowded = ask || c.state&doubtful != 0, crowded || e.crowded(i)
+		ask, counted, mixed = ask || c.state&doubtful != 0, counted || c.before > 0 || c.after > 0, mixed || e.mixed(i)
 		c.next = 0
 		if i+1 < len(e.slots) {
 			c.next = e.slots[i+1]
@@ -83,16 +82,22 @@ func (e *edit) close() {
 	switch {
 	case e.ask, ask && e.changed:
 		t.doubts[e.key] = true
-	case !ask && len(t.doubts) > 0 && !t.doubts[e.key]: // what is to be asked is so because of routes that are not here, perhaps
+	case !ask && len(t.doubts) > 0 && !t.doubts[e.key]: // a question that nobody has put yet may be about routes that are not known
 		delete(t.doubts, e.key)
 	}
-	if crowded {
-		t.crowded[e.key] = struct{}{}
-	} else if len(t.crowded) > 0 {
-		delete(t.crowded, e.key)
-	}
+	note(t.counted, e.key, counted)
+	note(t.mixed, e.key, mixed)
 	if e.changed {
 		t.touch(e.key)
+	}
+}
+
+// note notes whether a chain is one of some.
+func note(some map[key]struct{}, k key, is bool) {
+	if is {
+		some[k] = struct{}{}
+	} else if len(some) > 0 {
+		delete(some, k)
 	}
 }
 

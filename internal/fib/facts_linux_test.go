@@ -77,6 +77,49 @@ func TestKernelLeftOutAtFirst(t *testing.T) {
 	}
 }
 
+// There and back through nexthop objects, in the place of another's route: the last that came is the first.
+func TestKernelThereAndBack(t *testing.T) {
+	l := newLab(t)
+	p := netip.MustParsePrefix("198.51.100.0/24")
+	for id, gateway := range map[uint32]string{20: "10.0.0.2", 21: "10.0.0.3"} {
+		l.do(t, oracle.NextHopMessage(unix.RTM_NEWNEXTHOP, kernel.NextHop{ID: id, Leg: kernel.Leg{Gateway: netip.MustParseAddr(gateway), Link: l.Ours}}))
+	}
+	l.put(t, opCreate, p.String()+" on 8")
+	l.quiet(t)
+	for _, step := range []struct{ id, want string }{{"20", "10.0.0.2*1"}, {"21", "10.0.0.3*1"}, {"20", "10.0.0.2*1"}} {
+		l.put(t, opReplace, p.String()+" nhid "+step.id)
+		l.quiet(t)
+		if a := l.t.Answer(p); a.String() != step.want {
+			t.Errorf("nhid %s: got %v", step.id, a)
+		}
+	}
+}
+
+// By a rule for some destinations the kernel looks at a table that it looks at for no others of the prefix: what is in doubt there is
+// asked about by one of these, and what is in doubt in the next table by the others.
+func TestKernelByDestination(t *testing.T) {
+	for table, half := range map[string]string{"100": "198.51.100.128/25", "254": "198.51.100.0/25"} {
+		l := newLab(t, someTable, kernel.TableMain)
+		to, p := netip.MustParsePrefix(half), netip.MustParsePrefix("198.51.100.0/24")
+		l.ns.Run(t, "ip rule add pref 1000 to "+half+" table 100")
+		l.t.SetOrder(false, []Step{{Table: someTable, Suppress: -1, To: to}, {Table: kernel.TableMain, Suppress: -1}})
+		l.put(t, opCreate, "198.51.0.0/16 table 100 via 10.0.0.9")
+		route := p.String() + " table " + table
+		l.put(t, opCreate, route+" on 8")
+		l.put(t, opAppend, route+" via 10.0.0.2")
+		l.quiet(t)
+		l.do(t, oracle.RouteMessage(unix.RTM_DELROUTE, 0, l.parse(t, route+" on 8")))
+		l.quiet(t)
+		l.put(t, opReplace, route+" via 10.0.0.3")
+		l.quiet(t)
+		l.do(t, oracle.RouteMessage(unix.RTM_DELROUTE, 0, l.parse(t, route+" via 10.0.0.3")))
+		l.quiet(t)
+		if a, there := l.t.Answer(p), l.t.Answer(to); a.Kind != Absent || there.String() != "10.0.0.9*1" {
+			t.Errorf("table %s: got %v, for the rule's %v", table, a, there)
+		}
+	}
+}
+
 // IPv6 routes through one nexthop object share cached entries: a FIB match tells of a route that was used earlier, and
 // ENETUNREACH when that is gone: see Settle.
 func TestKernelMatchThroughNextHop(t *testing.T) {

@@ -139,13 +139,17 @@ func TestSettleThroughNextHop(t *testing.T) {
 }
 
 // An answer that may be about either of two routes through a nexthop object still tells that nothing stands before both.
-func TestOutdone(t *testing.T) {
+func TestClearBefore(t *testing.T) {
 	p := netip.MustParsePrefix("2001:db8::/64")
-	for _, test := range []struct{ doubtful, want string }{
-		{"2001:db8::/64 on 7 pref 1", "fd00::2*1"},
-		{"2001:db8::/64 metric 9 on 7", "fd00::2*1"},
-		{"2001:db8::/64 on 7", "on-link"}, // where it stands is not certain
-		{"2001:db8::/64 metric 90 on 7", "fd00::2*1"},
+	for _, test := range []struct {
+		doubtful, want string
+		stays          bool
+	}{
+		{"2001:db8::/64 on 7 pref 1", "fd00::2*1", false},
+		{"2001:db8::/64 metric 9 on 7", "fd00::2*1", false},
+		{"2001:db8::/64 on 7", "on-link", true}, // where it stands is not certain
+		{"2001:db8::/64 metric 90 on 7", "fd00::2*1", true},
+		{"2001:db8::/64 metric 9 via fd00::3 leg dead", "fd00::2*1", true}, // which does not answer
 	} {
 		table := New(Config{Link: ourLink})
 		for _, line := range []string{"nexthop 3 via fd00::2", "created 2001:db8::/48 nhid 3", "created " + test.doubtful, "appended 2001:db8::/64 nhid 3"} {
@@ -155,8 +159,15 @@ func TestOutdone(t *testing.T) {
 		table.End(true, false)
 		got := parseRoute(t, strings.Fields("2001:db8::/48 nhid 3"))
 		table.Settle(p, p.Addr().Next(), &got)
-		if a := table.Answer(p); a.String() != test.want {
-			t.Errorf("%s: got %v, want %s", test.doubtful, a, test.want)
+		if a := table.Answer(p); a.String() != test.want || table.Learned() == 3 != test.stays {
+			t.Errorf("%s: got %v, want %s; %d routes", test.doubtful, a, test.want, table.Learned())
+		}
+		r := parseRoute(t, strings.Fields(test.doubtful))
+		table.Apply(kernel.Appended, &r) // there is no doubt then
+		was := table.Answer(p)
+		table.Settle(p, p.Addr().Next(), &got)
+		if a := table.Answer(p); a != was {
+			t.Errorf("%s is there: got %v, before %v", test.doubtful, a, was)
 		}
 	}
 }
@@ -177,7 +188,7 @@ func TestHiddenThroughNextHop(t *testing.T) {
 		apply(t, table, "deleted "+multipath)
 		other := parseRoute(t, strings.Fields("2001:db8:3::/64 table 100 nhid 1"))
 		table.Settle(p, p.Addr().Next(), &other)
-		if !table.ResyncNeeded() || table.ResyncNeeded() {
+		if !table.ResyncNeeded(false) || table.ResyncNeeded(false) {
 			t.Errorf("%s: no dump is wanted, or more than one", name)
 		}
 		got := parseRoute(t, strings.Fields("2001:db8::/64 nhid 1"))
@@ -196,7 +207,7 @@ func TestNextHopMadeAgain(t *testing.T) {
 		t.Errorf("missing: %v", ids)
 	}
 	apply(t, table, "nexthop 7 via 10.0.0.3")
-	if !table.ResyncNeeded() {
+	if !table.ResyncNeeded(false) {
 		t.Error("no dump is wanted")
 	}
 }

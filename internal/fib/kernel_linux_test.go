@@ -195,7 +195,7 @@ func (l *lab) quiet(t *testing.T) {
 	}
 	resynced := false
 	for round := 0; ; round++ {
-		if l.t.ResyncNeeded() && !resynced {
+		if l.t.ResyncNeeded(false) && !resynced {
 			l.resync(t, true)
 			resynced = true
 		}

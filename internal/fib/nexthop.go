@@ -119,13 +119,6 @@ func (t *Table) legsOf(id uint32, told []kernel.Leg) []kernel.Leg {
 // DeleteNextHop takes the deletion of a nexthop object, or that there is none: its routes go with it, most of them untold
 // (kernel.md A14), and groups lose a leg.
 func (t *Table) DeleteNextHop(id uint32) {
-	if !t.allOurs(id) {
-		for _, k := range slices.Collect(maps.Keys(t.crowded)) {
-			e := t.open(k)
-			e.miscounted() // strangers' go, too
-			e.close()
-		}
-	}
 	delete(t.missing, id)
 	if n := t.nextHops[id]; n != nil {
 		delete(t.nextHops, id)
@@ -145,6 +138,7 @@ func (t *Table) DeleteNextHop(id uint32) {
 			e.close()
 		}
 	}
+	t.miscounted()
 	for _, groupID := range slices.Collect(maps.Keys(t.memberOf[id])) {
 		group := t.nextHops[groupID].NextHop
 		group.Group = slices.DeleteFunc(slices.Clone(group.Group), func(leg kernel.NextHopLeg) bool { return leg.ID == id })
@@ -153,6 +147,18 @@ func (t *Table) DeleteNextHop(id uint32) {
 		} else {
 			t.SetNextHop(group)
 		}
+	}
+}
+
+// miscounted notes that strangers' routes may have gone untold, wherever some were counted.
+func (t *Table) miscounted() {
+	for _, k := range slices.Collect(maps.Keys(t.counted)) {
+		e := t.open(k)
+		e.miscounted()
+		e.close()
+	}
+	if len(t.counted) == 0 {
+		t.counted = make(map[key]struct{}) // a map keeps the room that a burst has needed
 	}
 }
 

@@ -6,8 +6,8 @@ import (
 	"example.com/overlay/internal/kernel"
 )
 
-// Doubts returns the prefixes with routes that may be gone or stand elsewhere, each once after something has changed there;
-// all: also those that were returned before, because another route may have hidden them. Each is to be asked about: an
+// Doubts returns the prefixes with routes that may be gone or stand elsewhere, or may be unknown, each once after something has changed
+// there; all: also those that were returned before and have such routes still, because another may have hidden them. Each is to be asked about: an
 // address of it (Probe) in a RTM_F_FIB_MATCH, the kernel's answer to Settle. What stays hidden stays doubtful until a quiet dump.
 func (t *Table) Doubts(all bool) []netip.Prefix {
 	seen := make(map[key]bool)
@@ -30,10 +30,10 @@ func (t *Table) Doubts(all bool) []netip.Prefix {
 	return prefixes
 }
 
-// Doubtful is the number of prefixes with doubtful routes, counted by table.
+// Doubtful is the number of prefixes with doubtful routes, or to be asked about, counted by table.
 func (t *Table) Doubtful() int { return len(t.doubts) }
 
-// Probe returns an address of prefix by which to ask about it: one for which no longer prefix is known to answer. It begins behind
+// Probe returns an address of prefix by which to ask about it: one for which no longer prefix's route is known to answer. It begins behind
 // after, if that is valid: a prefix that has turned out to cover the last address. False if there is none, or it is not found soon.
 func (t *Table) Probe(prefix, after netip.Prefix) (netip.Addr, bool) {
 	return probe(prefix, after, t.longest)
@@ -89,6 +89,42 @@ func (t *Table) Unanswered(prefix netip.Prefix, addr netip.Addr, try int) netip.
 // of other errors nothing follows: Unanswered). The answer must be no older than the announcements that were applied. If a
 // longer prefix hides this one, or may, it returns that: then ask by another address, beginning behind it.
 func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRoute) (hidden netip.Prefix) {
+	if hidden = t.settle(prefix, addr, got); !hidden.IsValid() {
+		hidden = t.elsewhere(prefix, addr, got)
+	}
+	return hidden
+}
+
+// elsewhere returns what to begin behind so as to ask about the tables that were not looked at for addr because of a rule for some
+// destinations: of the prefix only they are looked up there, or all others.
+func (t *Table) elsewhere(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRoute) netip.Prefix {
+	for _, step := range t.order[familyIndex(addr.Is6())] {
+		if !step.To.IsValid() || step.To.Bits() <= prefix.Bits() || !prefix.Contains(step.To.Addr()) {
+			continue
+		}
+		within, beside := t.inDoubt(prefix, step.Table)
+		switch {
+		case step.To.Contains(addr) && beside && got != nil && got.Table == step.Table:
+			return step.To
+		case within && addr.Less(step.To.Addr()):
+			return netip.PrefixFrom(step.To.Addr().Prev(), addr.BitLen())
+		}
+	}
+	return netip.Prefix{}
+}
+
+// inDoubt says whether there is something to ask about a prefix in a table, and in the others.
+func (t *Table) inDoubt(prefix netip.Prefix, table uint32) (within, beside bool) {
+	for index := range t.cfg.Tables {
+		if _, doubtful := t.doubts[keyOf(prefix, uint16(index))]; doubtful {
+			within = within || t.cfg.Tables[index] == table
+			beside = beside || t.cfg.Tables[index] != table
+		}
+	}
+	return within, beside
+}
+
+func (t *Table) settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRoute) (hidden netip.Prefix) {
 	k := keyOf(prefix, 0)
 	if got != nil && (got.Prefix.Addr().Is6() != k.is6 || !got.Prefix.IsValid()) {
 		return hidden
@@ -103,8 +139,8 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		}
 		t.untold[k] = struct{}{}
 		t.resync = t.needDump(k) || t.resync
-		if got != nil && t.allOurs(got.NextHop) {
-			t.outdo(prefix, addr, got.NextHop)
+		if got != nil && t.allOurs(got.NextHop) && looksAt(t.order[familyIndex(true)], got.Table) {
+			t.clearBefore(addr, got.NextHop)
 		}
 		return hidden
 	}
@@ -159,9 +195,9 @@ func (t *Table) Settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 }
 
 // certain says whether an IPv6 answer through a nexthop object is about the route that it names. That one is there, or the kernel would
-// answer ENETUNREACH; it is the match if of all known routes around addr no other leads through the object, or through a group that
-// shares a leg with it. All of its legs must be ours, so that no stranger's route does. And where a dump may hide routes it is taken
-// for what was hidden.
+// answer ENETUNREACH; it is the match if of all known routes around addr, as far as the look-up comes, no other leads through the
+// object, or through a group that shares a leg with it. All of its legs must be ours, so that no stranger's route does. And where a
+// dump may hide routes it is taken for what was hidden.
 func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Addr) bool {
 	if got == nil || got.NextHop == 0 || !addr.Is6() || !t.allOurs(got.NextHop) {
 		return false
@@ -186,9 +222,10 @@ type placed struct {
 }
 
 // through lists, as far as they are known, the routes around addr that an answer through a nexthop object can be about, in the order of
-// the look-up: those that lead through the object, or through a group that shares a leg with it, as far as the look-up comes. It ends
-// with what certainly answers.
+// the look-up: those that lead through the object, or through a group that shares a leg with it. What certainly answers ends it, unless
+// a route throws: then it may go on with the next table.
 func (t *Table) through(addr netip.Addr, id uint32) (routes []placed) {
+	throws := t.throwsFor(addr)
 	for _, step := range t.order[familyIndex(addr.Is6())] {
 		if step.To.IsValid() && !step.To.Contains(addr) {
 			continue
@@ -205,7 +242,7 @@ func (t *Table) through(addr netip.Addr, id uint32) (routes []placed) {
 				if via := sh.route.NextHop; via != 0 && t.share(via, id) {
 					routes = append(routes, placed{e.key, c.metric, c.shape})
 				}
-				end = end || c.state&doubtful == 0 && sh.kind != Absent && !step.Selective
+				end = end || c.state&doubtful == 0 && sh.kind != Absent && !step.Selective && !throws
 			}
 			if end {
 				return routes
@@ -215,11 +252,22 @@ func (t *Table) through(addr netip.Addr, id uint32) (routes []placed) {
 	return routes
 }
 
-// outdo takes an answer through a nexthop object that may be about any of several routes: what the kernel would prefer to the first of
-// them, wherever it stands, is gone if it was doubtful.
-func (t *Table) outdo(prefix netip.Prefix, addr netip.Addr, id uint32) {
+// throwsFor says whether a route is known that throws for addr, in any table.
+func (t *Table) throwsFor(addr netip.Addr) bool {
+	all := netip.PrefixFrom(addr, 0).Masked()
+	for index := range t.cfg.Tables {
+		if _, thrown := t.thrown(uint16(index), all, addr); thrown {
+			return true
+		}
+	}
+	return false
+}
+
+// clearBefore takes an answer through a nexthop object that may be about any of several routes: what the kernel would prefer to the first
+// of them, wherever it stands, is gone if it was doubtful.
+func (t *Table) clearBefore(addr netip.Addr, id uint32) {
 	routes := t.through(addr, id)
-	if len(routes) == 0 || routes[0].prefix() != prefix {
+	if len(routes) == 0 || t.throwsFor(addr) {
 		return
 	}
 	first := routes[0]
@@ -230,8 +278,8 @@ func (t *Table) outdo(prefix netip.Prefix, addr netip.Addr, id uint32) {
 		}
 	}
 	lo, hi := e.group(first.metric)
-	e.outdone(e.find(lo, hi, first.shape))
-	e.rest()
+	e.clearPreferred(e.find(lo, hi, first.shape))
+	e.close()
 }
 
 // matters says whether the answer for a prefix is itself doubtful.
@@ -321,6 +369,9 @@ func (e *edit) found(got *kernel.FIBRoute) {
 		if lo, hi = e.group(got.Metric); lo < hi && e.chain[lo].before == 0 {
 			e.chain[lo].before, e.chain[lo].state = 1, e.chain[lo].state|moreBefore
 		}
+		if !e.key.is6 { // of which a dump shows all
+			e.t.untold[keyOf(e.key.prefix(), 0)] = struct{}{}
+		}
 		return
 	}
 	at := e.find(lo, hi, n.shape)
@@ -357,8 +408,9 @@ func (e *edit) passed() {
 	}
 }
 
-// outdone removes the doubtful routes that the kernel would prefer to the one at a place, wherever they stand, and returns its place then.
-func (e *edit) outdone(at int) int {
+// clearPreferred removes the doubtful routes that the kernel would prefer to the one at a place, wherever they stand, and returns its
+// place then.
+func (e *edit) clearPreferred(at int) int {
 	for i := len(e.chain) - 1; i >= 0; i-- {
 		c, than := &e.chain[i], &e.chain[at]
 		preferred := c.metric < than.metric || c.metric == than.metric && e.preferred(i, at)
@@ -373,7 +425,7 @@ func (e *edit) outdone(at int) int {
 // lead puts the route at a place before all of its metric that are in use: the kernel answers with it. What it seemed to stand behind is
 // doubtful.
 func (e *edit) lead(at int) {
-	at = e.outdone(at)
+	at = e.clearPreferred(at)
 	lo, _ := e.group(e.chain[at].metric)
 	for i := lo; i < at; i++ {
 		if e.answers(i) && !e.preferred(at, i) {

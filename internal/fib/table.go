@@ -33,7 +33,7 @@ type Table struct {
 	edit     edit // of one chain at a time
 
 	dirty   map[key]struct{} // of table 0: a prefix in any table
-	doubts  map[key]bool     // chains with doubtful entries, and whether they are to be asked about
+	doubts  map[key]bool     // what may have doubtful or unknown routes, and whether it is to be asked about
 	stale   map[uint32]bool  // shapes whose answer changed for all that have them
 	missing map[uint32]bool  // ids of nexthop objects that routes have and nobody told of
 	untold  map[key]struct{} // prefixes of which no probe tells
@@ -43,7 +43,8 @@ type Table struct {
 	learned int
 	throws  int
 	refused uint64
-	crowded map[key]struct{} // chains in which others' links decide a place
+	counted map[key]struct{} // chains in which strangers are counted
+	mixed   map[key]struct{} // chains in which others share a multipath and so decide its place
 
 	unlearned bool // what was refused may be there still
 }
@@ -93,7 +94,8 @@ func New(cfg Config) *Table {
 		stale:    make(map[uint32]bool),
 		missing:  make(map[uint32]bool),
 		untold:   make(map[key]struct{}),
-		crowded:  make(map[key]struct{}),
+		counted:  make(map[key]struct{}),
+		mixed:    make(map[key]struct{}),
 		veils:    veils{make(map[key]veil), make(map[int32]uint8)},
 	}
 	t.shapes.init()
@@ -128,15 +130,16 @@ func (t *Table) Refused() uint64 { return t.refused }
 
 // ResyncNeeded says, once, that neither announcements nor probes tell what routes there are now: a nexthop object has come to
 // our interface, and routes may have come with it untold (kernel.md A13), a probe's answer was no answer (Settle), or there is room
-// for routes that were refused.
-func (t *Table) ResyncNeeded() bool {
+// for routes that were refused. vain: a dump for such an answer was quiet, and nothing was announced since, so that the next would show
+// the same.
+func (t *Table) ResyncNeeded(vain bool) bool {
 	needed := t.resync
 	t.resync = false
 	if t.unlearned && !t.full() {
 		t.unlearned, needed = false, true
 	}
 	for k := range t.untold {
-		needed = needed || t.matters(k)
+		needed = needed || !vain && t.matters(k)
 	}
 	clear(t.untold)
 	return needed
@@ -146,7 +149,7 @@ func (t *Table) ResyncNeeded() bool {
 // does not announce of routes (kernel.md A7, A8, A14), changes what is known here: the places of our routes among others', a nexthop
 // object's legs, or what a multipath of the interface hides.
 func (t *Table) Depends(link int32) bool {
-	if _, veiled := t.veils.links[link]; veiled || len(t.crowded) > 0 {
+	if _, veiled := t.veils.links[link]; veiled || len(t.counted)+len(t.mixed) > 0 {
 		return true
 	}
 	for _, n := range t.nextHops {

@@ -245,7 +245,7 @@ func TestHiddenByEarlierTable(t *testing.T) {
 		}
 		table.Doubts(false)
 		table.Settle(got.Prefix, netip.MustParseAddr("2001:db8::8000:0:0:0"), &got)
-		if table.ResyncNeeded() != throws {
+		if table.ResyncNeeded(false) != throws {
 			t.Errorf("throws %v: resync needed %v", throws, !throws)
 		}
 		if doubts := table.Doubts(false); len(doubts) != 0 {
@@ -307,6 +307,34 @@ func TestProbeBesideOwn(t *testing.T) {
 	apply(t, table, "created 192.0.2.0/25 via 10.0.0.6")
 	if addr, ok := table.Probe(netip.MustParsePrefix("192.0.2.0/24"), netip.Prefix{}); addr.String() != "192.0.2.128" || !ok {
 		t.Errorf("beside what has its own answer ask by %v (%v)", addr, ok)
+	}
+}
+
+// Where a route throws, what another table has for a longer prefix answers: it cannot be asked about by that.
+func TestProbeBesideThrow(t *testing.T) {
+	table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+	for _, line := range []string{
+		"created 192.0.2.0/24 table 100 via 10.0.0.5", "created 192.0.2.0/26 table 100 type 9", "created 192.0.2.0/25 via 10.0.0.6",
+	} {
+		apply(t, table, line)
+	}
+	if addr, ok := table.Probe(netip.MustParsePrefix("192.0.2.0/24"), netip.Prefix{}); addr.String() != "192.0.2.64" || !ok {
+		t.Errorf("ask by %v (%v)", addr, ok)
+	}
+}
+
+// What a dump shows twice may be there once (kernel.md V5): when it is replaced the kernel is asked.
+func TestShownTwice(t *testing.T) {
+	table := New(Config{Link: ourLink})
+	table.Begin(false, true)
+	for range 2 {
+		r := parseRoute(t, strings.Fields("192.0.2.0/24 via 10.0.0.2"))
+		table.Dumped(&r)
+	}
+	table.End(false, true)
+	apply(t, table, "replaced 192.0.2.0/24 via 10.0.0.3")
+	if doubts := table.Doubts(false); len(doubts) != 1 {
+		t.Errorf("in doubt: %v", doubts)
 	}
 }
 
