@@ -237,7 +237,10 @@ func (e *edit) taken(lo, hi, i int, byNextHop bool) {
 	c := &e.chain[i]
 	switch {
 	case c.before > 0:
-	case c.state&(moreBefore|twin) != 0, byNextHop && e.strangers(lo, hi):
+	case byNextHop && e.strangers(lo, hi): // or another's nexthop object has changed, wherever its route stands
+		c.state |= moreBefore
+		e.doubt(i, i+1)
+	case c.state&(moreBefore|twin) != 0:
 		c.before, c.state = 1, c.state|moreBefore
 		e.doubt(i, i+1)
 	case e.t.windows[e.key.family()].open:

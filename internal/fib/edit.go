@@ -32,13 +32,17 @@ func (e *edit) mixed(i int) bool {
 // miscounted notes that strangers may have gone untold: of those that were counted there may be any number.
 func (e *edit) miscounted() {
 	for i := range e.chain {
-		c := &e.chain[i]
-		if c.before > 0 {
-			c.before, c.state = 0, c.state|moreBefore
-		}
-		if c.after > 0 {
+		e.uncount(i)
+		if c := &e.chain[i]; c.after > 0 {
 			c.after, c.state = 0, c.state|moreAfter
 		}
+	}
+}
+
+// uncount notes that strangers may stand before the route at i, or none.
+func (e *edit) uncount(i int) {
+	if c := &e.chain[i]; c.before > 0 {
+		c.before, c.state = 0, c.state|moreBefore
 	}
 }
 

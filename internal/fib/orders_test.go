@@ -65,6 +65,16 @@ func TestOrders(t *testing.T) {
 			{"replaced " + p + "via 10.0.0.3", p + "via 10.0.0.3"},
 			{"replaced " + p + "via 10.0.0.2", p + "via 10.0.0.2"},
 		}, "10.0.0.2*1"},
+		{"a stranger's nexthop object changed, behind ours", []orderStep{
+			{"created " + p + "via 10.0.0.6", ""},
+			{"prepended " + p + "via 10.0.0.5", ""},
+			{"replaced " + p + "nhid 3 via 10.0.1.6 dev 8", ""},
+			{"prepended " + p + "via 10.0.0.4", ""},
+			{"replaced " + p + "nhid 3 via 10.0.1.7 dev 8", p + "via 10.0.0.4"},
+			{"replaced " + p + "via 10.0.0.3", p + "via 10.0.0.3"},
+			{"nexthop 3 gone", p + "via 10.0.0.3"},
+			{"deleted " + p + "via 10.0.0.3", p + "via 10.0.0.6"},
+		}, "10.0.0.6*1"},
 		{"an object that moved away and is gone, and its routes with it", []orderStep{
 			{"nexthop 9 via 10.0.0.9", ""},
 			{"created " + p + "via 10.0.0.5", ""},
@@ -84,6 +94,21 @@ func TestOrders(t *testing.T) {
 		if a := table.Answer(prefix); a.String() != test.want || table.ResyncNeeded(false) {
 			t.Errorf("%s: got %v, want %s", test.name, a, test.want)
 		}
+	}
+}
+
+// Who was counted before what now answers has gone untold: what replaces the first takes that.
+func TestAnswerUncounts(t *testing.T) {
+	const p = "192.0.2.0/24 "
+	table := New(Config{Link: ourLink})
+	prefix := netip.MustParsePrefix(strings.TrimSpace(p))
+	order(t, table, prefix, orderStep{"created " + p + "via 10.0.0.2", ""}, orderStep{"prepended " + p + "via 10.0.1.2 dev 8", ""})
+	table.Begin(false, true)
+	table.End(false, false) // all is in doubt
+	answers(t, table, prefix, p+"via 10.0.0.2")
+	order(t, table, prefix, orderStep{"replaced " + p + "via 10.0.0.3", p + "via 10.0.0.3"}, orderStep{"deleted " + p + "via 10.0.0.3", ""})
+	if a := table.Answer(prefix); a.Kind != Absent {
+		t.Errorf("got %v", a)
 	}
 }
 

@@ -389,6 +389,7 @@ func (e *edit) found(got *kernel.FIBRoute) {
 		e.changed = true
 	}
 	e.settle(at)
+	e.uncount(at) // who stood before it would answer, but for the dead
 	e.lead(at)
 }
 
