@@ -23,6 +23,7 @@ const (
 	resyncSettle = 5 * time.Millisecond   // from the first reason for one: an address that goes is several announcements
 	resyncRetry  = 100 * time.Millisecond // after one that failed, doubled each time
 	resyncBear   = 3                      // failures in succession before they are told of
+	resyncDoubt  = 100 * time.Millisecond // after one for what is in doubt that was not quiet, doubled each time
 	settleRounds = 20                     // of questions about what announcements leave in doubt
 	settleTries  = 10                     // addresses of one prefix
 )
@@ -211,10 +212,10 @@ type following struct {
 	tables  []uint32
 	scratch kernel.FIBRoute
 
-	routes    [2]uint64      // announced so far, by family
-	heard     uint64         // announcements that may have changed the table
-	vain      uint64         // as many as had been heard when a quiet look for what is untold ended
-	quiet     bool           // nothing was announced during the last look
+	routes    [2]uint64 // announced so far, by family
+	heard     uint64    // announcements that may have changed the table
+	untold    untold
+	quiet     bool           // no routes were announced while the last look read them
 	lost      bool           // announcements
 	deaf      bool           // there are none any more
 	link      rtnl.LinkState // as last announced
@@ -291,11 +292,10 @@ func (f *following) deafen(err error) {
 // wait waits for an announcement, an order, or until there is something to do without.
 func (f *following) wait(until time.Time) {
 	if !f.deaf {
-		err := f.listener.WaitUntil(until)
-		if err == nil {
-			return
+		if err := f.listener.WaitUntil(until); err != nil {
+			f.deafen(err)
 		}
-		f.deafen(err)
+		return
 	}
 	timer := time.NewTimer(time.Until(until))
 	defer timer.Stop()
@@ -332,7 +332,7 @@ func (f *following) due() time.Time {
 
 // look makes a resync pending.
 func (f *following) look(reason error) {
-	if f.pending == nil {
+	if f.pending == nil || f.pending == errUntold {
 		f.pending, f.since = reason, time.Now()
 	}
 }
@@ -435,6 +435,7 @@ func (f *following) apply(m rtnl.Message) {
 		return
 	}
 	f.heard++
+	f.untold.vain = false
 	f.dirty = true
 }
 

@@ -19,9 +19,11 @@ func (f *following) resyncNow() {
 	reason := f.pending
 	f.pending = nil
 	cost, err := processorTime(func() error {
+		heard := f.heard
 		err := f.readAll()
-		if reason == errUntold && err == nil && f.quiet {
-			f.vain = f.heard // another would show the same
+		f.untold.vain = reason == errUntold && err == nil && f.quiet && f.heard == heard
+		if reason == errUntold {
+			f.untold.heard, f.untold.times = heard, f.untold.times+1
 		}
 		f.settle() // nobody may announce anything for long
 		return err
@@ -292,8 +294,8 @@ func (f *following) settle() {
 		var doubts []netip.Prefix
 		f.locked(func(t *fib.Table) {
 			missing, doubts = t.MissingNextHops(), t.Doubts(false)
-			if t.ResyncNeeded(f.vain > 0 && f.vain == f.heard) {
-				f.look(errUntold)
+			if t.ResyncNeeded(f.untold.vain) {
+				f.lookForUntold()
 			}
 		})
 		if len(missing) == 0 && len(doubts) == 0 {
@@ -307,6 +309,26 @@ func (f *following) settle() {
 		if round == settleRounds-1 {
 			f.look(errors.New("doubts that questions do not settle"))
 		}
+	}
+}
+
+// untold is what came of looks for what is in doubt and no question tells.
+type untold struct {
+	heard uint64 // when the last began
+	times uint   // in succession, without an announcement between them that could matter
+	vain  bool   // the last was quiet: another would show the same
+}
+
+// lookForUntold makes a resync for that pending: at once if there is news, ever later if not. The deaf look every few seconds anyway.
+func (f *following) lookForUntold() {
+	if f.pending != nil || f.deaf {
+		return
+	}
+	f.look(errUntold)
+	if f.heard == f.untold.heard && f.untold.times > 0 {
+		f.since = f.since.Add(min(resyncDoubt<<min(f.untold.times-1, 10), auditDeaf))
+	} else {
+		f.untold.times = 0
 	}
 }
 

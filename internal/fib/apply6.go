@@ -68,7 +68,7 @@ func (e *edit) replace6(lo, hi int, n entry) {
 			e.doubt(lo, hi)
 			e.chain[same].state |= twin
 		}
-	case e.unsure6(lo, hi, at), e.t.windows[e.key.family()].open, e.chain[max(at, lo)].state&twin != 0:
+	case e.unsure6(lo, hi, at), e.unsure(n.shape, lo, hi), e.t.windows[e.key.family()].open, e.chain[max(at, lo)].state&twin != 0:
 		e.insert(lo, n)
 		e.doubt(lo, hi+1)
 	default:

@@ -67,7 +67,7 @@ func (w *world) longest(dst netip.Addr) (netip.Prefix, bool) {
 func (w *world) check(t testing.TB, exact bool) {
 	t.Helper()
 	if got, want := len(w.t.counted)+len(w.t.mixed), w.t.recount(); got != want {
-		t.Fatalf("others' links decide a place in %d chains, known are %d", want, got)
+		t.Fatalf("strangers are counted, and decide multipaths' places, in %d chains, known are %d", want, got)
 	}
 	for p, a := range w.t.Changes() {
 		w.told[p] = a

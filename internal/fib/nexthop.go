@@ -89,6 +89,9 @@ func (t *Table) allOurs(id uint32) bool {
 	return n != nil && len(n.legs) > 0 && !slices.ContainsFunc(n.legs, elsewhere)
 }
 
+// allKnown says whether all routes through a nexthop object are known: it is ours alone, and none was refused.
+func (t *Table) allKnown(id uint32) bool { return t.allOurs(id) && !t.unlearned }
+
 // share says whether two nexthop objects are one, or groups, or a group and a member, with one in common.
 func (t *Table) share(a, b uint32) bool {
 	return slices.ContainsFunc(t.membersOf(a), func(id uint32) bool { return slices.Contains(t.membersOf(b), id) })

@@ -9,14 +9,19 @@ import (
 	"example.com/overlay/internal/kernel"
 )
 
-// orderStep is an announcement, and what the kernel answers about the prefix afterwards, if it is asked; "": no route.
+// orderStep is an announcement, or a dump that shows nothing and proves nothing, and what the kernel answers about the prefix afterwards, if it is asked; "": no route.
 type orderStep struct{ hear, answer string }
 
 // order feeds a Table with steps, as the watch would.
 func order(t *testing.T, table *Table, p netip.Prefix, steps ...orderStep) {
 	t.Helper()
 	for _, step := range steps {
-		apply(t, table, step.hear)
+		if step.hear == "a dump" {
+			table.Begin(p.Addr().Is6(), true)
+			table.End(p.Addr().Is6(), false)
+		} else {
+			apply(t, table, step.hear)
+		}
 		if !answers(t, table, p, step.answer) {
 			t.Fatalf("still in doubt after %q", step.hear)
 		}
@@ -75,6 +80,26 @@ func TestOrders(t *testing.T) {
 			{"nexthop 3 gone", p + "via 10.0.0.3"},
 			{"deleted " + p + "via 10.0.0.3", p + "via 10.0.0.6"},
 		}, "10.0.0.6*1"},
+		{"there, a stranger before it, and back", []orderStep{
+			{"nexthop 20 via 10.0.0.2", ""},
+			{"nexthop 21 via 10.0.0.3", ""},
+			{"replaced " + p + "nhid 20", p + "nhid 20 via 10.0.0.2"},
+			{"replaced " + p + "nhid 21", p + "nhid 21 via 10.0.0.3"},
+			{"prepended " + p + "via 10.0.1.9 dev 8", p + "via 10.0.1.9 dev 8"},
+			{"replaced " + p + "nhid 20", p + "nhid 20 via 10.0.0.2"},
+			{"replaced " + p + "via 10.0.0.9", p + "via 10.0.0.9"},
+			{"deleted " + p + "via 10.0.0.9", p + "nhid 21 via 10.0.0.3"},
+			{"replaced " + p + "via 10.0.0.7", p + "via 10.0.0.7"},
+			{"deleted " + p + "via 10.0.0.7", ""},
+		}, "absent"},
+		{"a nexthop object changed, of a route that was in doubt behind another", []orderStep{
+			{"nexthop 20 via 10.0.0.3", ""},
+			{"created " + p + "via 10.0.0.2", ""},
+			{"appended " + p + "nhid 20", ""},
+			{"a dump", p + "via 10.0.0.2"},
+			{"nexthop 20 via 10.0.0.4", ""},
+			{"replaced " + p + "nhid 20 via 10.0.0.4", p + "via 10.0.0.2"},
+		}, "10.0.0.2*1"},
 		{"an object that moved away and is gone, and its routes with it", []orderStep{
 			{"nexthop 9 via 10.0.0.9", ""},
 			{"created " + p + "via 10.0.0.5", ""},
@@ -103,10 +128,7 @@ func TestAnswerUncounts(t *testing.T) {
 	table := New(Config{Link: ourLink})
 	prefix := netip.MustParsePrefix(strings.TrimSpace(p))
 	order(t, table, prefix, orderStep{"created " + p + "via 10.0.0.2", ""}, orderStep{"prepended " + p + "via 10.0.1.2 dev 8", ""})
-	table.Begin(false, true)
-	table.End(false, false) // all is in doubt
-	answers(t, table, prefix, p+"via 10.0.0.2")
-	order(t, table, prefix, orderStep{"replaced " + p + "via 10.0.0.3", p + "via 10.0.0.3"}, orderStep{"deleted " + p + "via 10.0.0.3", ""})
+	order(t, table, prefix, orderStep{"a dump", p + "via 10.0.0.2"}, orderStep{"replaced " + p + "via 10.0.0.3", p + "via 10.0.0.3"}, orderStep{"deleted " + p + "via 10.0.0.3", ""})
 	if a := table.Answer(prefix); a.Kind != Absent {
 		t.Errorf("got %v", a)
 	}
@@ -153,13 +175,14 @@ func TestThroughNextHopElsewhere(t *testing.T) {
 	const metric9 = "2001:db8::/64 table 100 metric 9 "
 	for _, test := range []struct {
 		name, doubtful, got string
-		kind                Kind
+		want                string
+		table               uint32
 	}{
-		{"a throw before all", metric9 + "type 9", "::/0 nhid 3", Via},
-		{"the throw's table is named", metric9 + "type 9", "2001:db8::/64 table 100 nhid 3", Via},
-		{"a table that is not followed", metric9 + "on 7", "2001:db8::/80 table 101 nhid 3", OnLink},
-		{"an object that strangers use", metric9 + "on 7", "2001:db8::/64 table 100 nhid 4", OnLink},
-		{"nothing else", metric9 + "on 7", "::/0 nhid 3", Via}, // the doubtful one is gone
+		{"a throw before all", metric9 + "type 9", "::/0 nhid 3", "fd00::2*1", kernel.TableMain},
+		{"the throw's table is named", metric9 + "type 9", "2001:db8::/64 table 100 nhid 3", "fd00::2*1", kernel.TableMain},
+		{"a table that is not followed", metric9 + "on 7", "2001:db8::/80 table 101 nhid 3", "on-link", someTable},
+		{"an object that strangers use", metric9 + "on 7", "2001:db8::/64 table 100 nhid 4", "on-link", someTable},
+		{"nothing else", metric9 + "on 7", "::/0 nhid 3", "fd00::2*1", someTable}, // the doubtful one is gone
 	} {
 		table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
 		for _, line := range []string{"nexthop 3 via fd00::2", "nexthop 2 via fd01::2 dev 8", "nexthop 4 group 3*1 2*1", "created ::/0 nhid 3", "created 2001:db8::/64 table 100 nhid 3", "created " + test.doubtful} {
@@ -171,12 +194,72 @@ func TestThroughNextHopElsewhere(t *testing.T) {
 			table.Dumped(&r)
 		}
 		table.End(true, false) // what it leaves out is in doubt
-		p, before := netip.MustParsePrefix("2001:db8::/64"), table.throws
+		p := netip.MustParsePrefix("2001:db8::/64")
 		got := parseRoute(t, strings.Fields(test.got))
 		table.Settle(p, p.Addr().Next(), &got)
-		if a := table.Answer(p); a.Kind != test.kind && before == 0 || table.throws != before {
-			t.Errorf("%s: got %v, %d throw, before %d", test.name, a, table.throws, before)
+		if a := table.Answer(p); a.String() != test.want || a.Table != test.table {
+			t.Errorf("%s: got %v of table %d, want %s of %d", test.name, a, a.Table, test.want, test.table)
 		}
+	}
+}
+
+// Of a table that rules look at for other packets only, or of routes that were refused, an answer through a nexthop object tells nothing.
+func TestThroughNextHopUnknown(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/64")
+	for _, test := range []struct {
+		name      string
+		selective bool
+		most      int
+	}{{"a rule for other packets", true, 0}, {"too many", false, 2}} {
+		table := New(Config{Link: ourLink, Max: test.most, Tables: []uint32{someTable, kernel.TableMain}})
+		table.SetOrder(true, []Step{{Table: someTable, Suppress: -1, Selective: test.selective}, {Table: kernel.TableMain, Suppress: -1}})
+		for _, line := range []string{"nexthop 3 via fd00::2", "created 2001:db8::/64 table 100 metric 9 on 7", "created 2001:db8::/64 table 100 nhid 3", "created ::/0 nhid 3"} {
+			apply(t, table, line)
+		}
+		table.Begin(true, true)
+		r := parseRoute(t, strings.Fields("2001:db8::/64 table 100 nhid 3"))
+		table.Dumped(&r)
+		table.End(true, false)
+		learned := table.Learned()
+		got := parseRoute(t, strings.Fields("::/0 nhid 3"))
+		table.Settle(p, p.Addr().Next(), &got)
+		if n := table.Learned(); n != learned {
+			t.Errorf("%s: %d of %d routes are left", test.name, n, learned)
+		}
+	}
+}
+
+// Where no address of a rule's destinations can be asked about a dump is wanted.
+func TestDestinationsPassedOver(t *testing.T) {
+	p := netip.MustParsePrefix("192.0.2.0/24")
+	table := New(Config{Link: ourLink, Tables: []uint32{someTable, kernel.TableMain}})
+	table.SetOrder(false, []Step{{Table: someTable, Suppress: -1, To: netip.MustParsePrefix("192.0.2.0/26")}, {Table: kernel.TableMain, Suppress: -1}})
+	apply(t, table, "created 192.0.2.0/24 table 100 via 10.0.0.2")
+	apply(t, table, "created 192.0.2.0/25 via 10.0.0.6") // which is known, and longer
+	table.Begin(false, true)
+	r := parseRoute(t, strings.Fields("192.0.2.0/25 via 10.0.0.6"))
+	table.Dumped(&r)
+	table.End(false, false)
+	addr, _ := table.Probe(p, netip.Prefix{})
+	table.Settle(p, addr, nil)
+	if addr.String() != "192.0.2.128" || !table.ResyncNeeded(false) {
+		t.Errorf("asked by %v, and no dump is wanted", addr)
+	}
+}
+
+// A stranger's nexthop object that comes to us tells as a replacement would; what is ours stays, in doubt.
+func TestStrangersObjectComes(t *testing.T) {
+	p := netip.MustParsePrefix("2001:db8::/64")
+	table := New(Config{Link: ourLink})
+	for _, line := range []string{"nexthop 30 via fd01::2 dev 8", "created 2001:db8::/64 on 7", "appended 2001:db8::/64 nhid 30", "nexthop 30 via fd00::2", "replaced 2001:db8::/64 nhid 30"} {
+		apply(t, table, line)
+	}
+	if doubts := table.Doubts(false); table.Learned() != 2 || len(doubts) != 1 {
+		t.Errorf("%d learned, in doubt: %v", table.Learned(), doubts)
+	}
+	got := parseRoute(t, strings.Fields("2001:db8::/64 on 7"))
+	if table.Settle(p, p.Addr().Next(), &got); table.Answer(p).Kind != OnLink {
+		t.Errorf("got %v", table.Answer(p))
 	}
 }
 

@@ -2,6 +2,7 @@ package fib
 
 import (
 	"net/netip"
+	"slices"
 
 	"example.com/overlay/internal/kernel"
 )
@@ -103,11 +104,13 @@ func (t *Table) elsewhere(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBR
 			continue
 		}
 		within, beside := t.inDoubt(prefix, step.Table)
-		switch {
-		case step.To.Contains(addr) && beside && got != nil && got.Table == step.Table:
+		switch inside := step.To.Contains(addr); {
+		case inside && beside && got != nil && got.Table == step.Table:
 			return step.To
 		case within && addr.Less(step.To.Addr()):
 			return netip.PrefixFrom(step.To.Addr().Prev(), addr.BitLen())
+		case within && !inside:
+			t.untold[keyOf(prefix, 0)] = struct{}{} // Probe has passed over them
 		}
 	}
 	return netip.Prefix{}
@@ -139,7 +142,7 @@ func (t *Table) settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 		}
 		t.untold[k] = struct{}{}
 		t.resync = t.needDump(k) || t.resync
-		if got != nil && t.allOurs(got.NextHop) && looksAt(t.order[familyIndex(true)], got.Table) {
+		if got != nil && t.allKnown(got.NextHop) && looksAt(t.order[familyIndex(true)], got.Table) {
 			t.clearBefore(addr, got.NextHop)
 		}
 		return hidden
@@ -196,10 +199,10 @@ func (t *Table) settle(prefix netip.Prefix, addr netip.Addr, got *kernel.FIBRout
 
 // certain says whether an IPv6 answer through a nexthop object is about the route that it names. That one is there, or the kernel would
 // answer ENETUNREACH; it is the match if of all known routes around addr, as far as the look-up comes, no other leads through the
-// object, or through a group that shares a leg with it. All of its legs must be ours, so that no stranger's route does. And where a
-// dump may hide routes it is taken for what was hidden.
+// object, or through a group that shares a leg with it. No route that is not known may do so. And where a dump may hide routes it is
+// taken for what was hidden.
 func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Addr) bool {
-	if got == nil || got.NextHop == 0 || !addr.Is6() || !t.allOurs(got.NextHop) {
+	if got == nil || got.NextHop == 0 || !addr.Is6() || !t.allKnown(got.NextHop) {
 		return false
 	}
 	if index, ok := t.tables[got.Table]; ok && got.Prefix == prefix {
@@ -219,13 +222,14 @@ func (t *Table) certain(prefix netip.Prefix, got *kernel.FIBRoute, addr netip.Ad
 type placed struct {
 	key
 	metric, shape uint32
+	unsure        bool // the look-up may have gone past it: another route throws, or the rule is for other packets
 }
 
 // through lists, as far as they are known, the routes around addr that an answer through a nexthop object can be about, in the order of
 // the look-up: those that lead through the object, or through a group that shares a leg with it. What certainly answers ends it, unless
-// a route throws: then it may go on with the next table.
+// a route throws before: then it may go on with the next table.
 func (t *Table) through(addr netip.Addr, id uint32) (routes []placed) {
-	throws := t.throwsFor(addr)
+	throws := false
 	for _, step := range t.order[familyIndex(addr.Is6())] {
 		if step.To.IsValid() && !step.To.Contains(addr) {
 			continue
@@ -234,13 +238,14 @@ func (t *Table) through(addr netip.Addr, id uint32) (routes []placed) {
 			p, _ := addr.Prefix(bits)
 			e := t.open(keyOf(p, t.tables[step.Table]))
 			end := false
+			throws = throws || slices.ContainsFunc(e.chain, func(c entry) bool { return t.shapes.all[c.shape].throw })
 			for i, c := range e.chain {
 				if end && c.metric != e.chain[i-1].metric {
 					break
 				}
 				sh := e.shape(i)
 				if via := sh.route.NextHop; via != 0 && t.share(via, id) {
-					routes = append(routes, placed{e.key, c.metric, c.shape})
+					routes = append(routes, placed{e.key, c.metric, c.shape, throws || step.Selective})
 				}
 				end = end || c.state&doubtful == 0 && sh.kind != Absent && !step.Selective && !throws
 			}
@@ -252,22 +257,11 @@ func (t *Table) through(addr netip.Addr, id uint32) (routes []placed) {
 	return routes
 }
 
-// throwsFor says whether a route is known that throws for addr, in any table.
-func (t *Table) throwsFor(addr netip.Addr) bool {
-	all := netip.PrefixFrom(addr, 0).Masked()
-	for index := range t.cfg.Tables {
-		if _, thrown := t.thrown(uint16(index), all, addr); thrown {
-			return true
-		}
-	}
-	return false
-}
-
 // clearBefore takes an answer through a nexthop object that may be about any of several routes: what the kernel would prefer to the first
 // of them, wherever it stands, is gone if it was doubtful.
 func (t *Table) clearBefore(addr netip.Addr, id uint32) {
 	routes := t.through(addr, id)
-	if len(routes) == 0 || t.throwsFor(addr) {
+	if len(routes) == 0 || routes[0].unsure {
 		return
 	}
 	first := routes[0]
