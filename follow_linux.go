@@ -212,9 +212,9 @@ type following struct {
 	tables  []uint32
 	scratch kernel.FIBRoute
 
-	routes    [2]uint64 // announced so far, by family
-	heard     uint64    // announcements that may have changed the table
-	untold    untold
+	routes    [2]uint64      // announced so far, by family
+	heard     uint64         // announcements that may have changed the table
+	untold    untold         // looks for what is in doubt
 	quiet     bool           // no routes were announced while the last look read them
 	lost      bool           // announcements
 	deaf      bool           // there are none any more
