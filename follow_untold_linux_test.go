@@ -1,6 +1,8 @@
 package overlay
 
 import (
+	"bytes"
+	"net/netip"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -69,6 +71,47 @@ func TestFollowDoubtDuringLook(t *testing.T) {
 	if ears.armed.Load() || l.calm(d) < before+2 {
 		t.Error("there was no look during which something was announced, or none after it")
 	}
+}
+
+// lateConn does something once before a question is put.
+type lateConn struct {
+	routesConn
+	about netip.Addr
+	armed atomic.Bool
+	act   func()
+}
+
+func (c *lateConn) Do(requests ...rtnl.Message) []rtnl.Result {
+	ask := rtnl.MatchRoute(c.about)
+	if len(requests) == 1 && bytes.Equal(requests[0].Body, ask.Body) && c.armed.CompareAndSwap(true, false) {
+		c.act()
+	}
+	return c.routesConn.Do(requests...)
+}
+
+// What the kernel answers may follow from what it has announced and nobody has heard yet: that is heard first.
+func TestFollowAnswerBeforeNews(t *testing.T) {
+	l := newLab(t)
+	d := l.open(following1())
+	conn := &lateConn{routesConn: d.follower.conn, about: netip.MustParseAddr("fd09::1")}
+	d.follower.conn = conn
+	l.must(d.Activate())
+	l.event(d, EventResynced)
+	for _, route := range []string{"via fd42::6", "dev tun0 pref high", "via fd42::7", "via fd42::8"} {
+		l.ip("-6 route append fd09::/64 metric 50 " + route)
+	}
+	l.wantRoute(d, "fd09::1", "on-link")
+	l.calm(d)
+	asked := make(chan bool)
+	conn.act = func() {
+		l.ip("-6 route replace prohibit fd09::/64 metric 50") // in the place of the preferred one
+		close(asked)
+	}
+	conn.armed.Store(true)
+	l.ip("-6 route del fd09::/64 metric 50 via fd42::8") // by that the places are in doubt
+	<-asked
+	l.calm(d)
+	l.wantRoute(d, "fd09::1", "fd42::6 fd42::7")
 }
 
 // Where no look is quiet what is in doubt is not looked for again and again.

@@ -350,6 +350,20 @@ func (f *following) fetch(ids []uint32) {
 	}
 }
 
+// match asks the kernel which route it uses for addr. What it announced before it answered is heard first: the answer may follow from
+// that. Who announces all the time is asked a few times.
+func (f *following) match(addr netip.Addr) (result rtnl.Result) {
+	const times = 3
+	for range times {
+		heard := f.heard
+		result = f.conn.Do(rtnl.MatchRoute(addr))[0]
+		if f.hear(1 << 20); f.heard == heard {
+			break
+		}
+	}
+	return result
+}
+
 // ask puts a question about a prefix, and the answer into the table.
 func (f *following) ask(p netip.Prefix) {
 	var after netip.Prefix
@@ -360,7 +374,7 @@ func (f *following) ask(p netip.Prefix) {
 		if !ok {
 			return
 		}
-		result := f.conn.Do(rtnl.MatchRoute(addr))[0]
+		result := f.match(addr)
 		var got *kernel.FIBRoute
 		switch {
 		case errors.Is(result.Err, unix.ENETUNREACH):
