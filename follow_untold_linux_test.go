@@ -102,14 +102,10 @@ func TestFollowAnswerBeforeNews(t *testing.T) {
 	}
 	l.wantRoute(d, "fd09::1", "on-link")
 	l.calm(d)
-	asked := make(chan bool)
-	conn.act = func() {
-		l.ip("-6 route replace prohibit fd09::/64 metric 50") // in the place of the preferred one
-		close(asked)
-	}
+	conn.act = func() { l.ip("-6 route replace prohibit fd09::/64 metric 50") } // in the place of the preferred one
 	conn.armed.Store(true)
 	l.ip("-6 route del fd09::/64 metric 50 via fd42::8") // by that the places are in doubt
-	<-asked
+	l.await("a question", func() bool { return !conn.armed.Load() })
 	l.calm(d)
 	l.wantRoute(d, "fd09::1", "fd42::6 fd42::7")
 }
