@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"example.com/overlay/internal/rtnl"
+	"golang.org/x/sys/unix"
 )
 
 // lateEars do something once while a dump reads IPv6: when a look has come so far that it has read all of IPv4.
@@ -34,6 +35,18 @@ func (e *lateEars) Next() ([]rtnl.Message, error) {
 	return messages, err
 }
 
+// followedBy is a device with a follower that was tampered with, beside another device, other0.
+func followedBy(t *testing.T, tamper func(*follower)) (*lab, *tunDevice) {
+	t.Helper()
+	l := newLab(t)
+	d := l.open(following1())
+	tamper(d.follower)
+	l.must(d.Activate())
+	l.event(d, EventResynced)
+	l.ns.OtherTun(t, "other0", "10.1.0.1/24")
+	return l, d
+}
+
 // calm waits until routes have not been read anew for some time.
 func (l *lab) calm(d *tunDevice) (resyncs uint64) {
 	l.Helper()
@@ -49,13 +62,8 @@ func (l *lab) calm(d *tunDevice) (resyncs uint64) {
 
 // What is announced during a look for what is in doubt is looked for in turn, whichever family was being read.
 func TestFollowDoubtDuringLook(t *testing.T) {
-	l := newLab(t)
-	d := l.open(following1())
-	ears := &lateEars{ears: d.follower.listener}
-	d.follower.listener = ears
-	l.must(d.Activate())
-	l.event(d, EventResynced)
-	l.ns.OtherTun(t, "other0", "10.1.0.1/24")
+	ears := new(lateEars)
+	l, d := followedBy(t, func(f *follower) { ears.ears, f.listener = f.listener, ears })
 	l.ip("nexthop add id 9 via 10.1.0.9 dev other0")
 	for _, p := range []string{"10.9.0.0/16", "10.10.0.0/16"} {
 		l.ip("route add " + p + " via 10.42.0.9\nroute append " + p + " via 10.1.0.7 dev other0")
@@ -91,12 +99,8 @@ func (c *lateConn) Do(requests ...rtnl.Message) []rtnl.Result {
 
 // What the kernel answers may follow from what it has announced and nobody has heard yet: that is heard first.
 func TestFollowAnswerBeforeNews(t *testing.T) {
-	l := newLab(t)
-	d := l.open(following1())
-	conn := &lateConn{routesConn: d.follower.conn, about: netip.MustParseAddr("fd09::1")}
-	d.follower.conn = conn
-	l.must(d.Activate())
-	l.event(d, EventResynced)
+	conn := &lateConn{about: netip.MustParseAddr("fd09::1")}
+	l, d := followedBy(t, func(f *follower) { conn.routesConn, f.conn = f.conn, conn })
 	for _, route := range []string{"via fd42::6", "dev tun0 pref high", "via fd42::7", "via fd42::8"} {
 		l.ip("-6 route append fd09::/64 metric 50 " + route)
 	}
@@ -110,15 +114,33 @@ func TestFollowAnswerBeforeNews(t *testing.T) {
 	l.wantRoute(d, "fd09::1", "fd42::6 fd42::7")
 }
 
+// dozingEars do not wait any more, though they hear.
+type dozingEars struct {
+	ears
+	doze atomic.Bool
+}
+
+func (e *dozingEars) WaitUntil(deadline time.Time) error {
+	if e.doze.Load() {
+		return unix.ENOTSOCK
+	}
+	return e.ears.WaitUntil(deadline)
+}
+
+// Whoever turns out to be deaf while it waits looks at once, not when the wait was to end.
+func TestFollowDeafWhileWaiting(t *testing.T) {
+	ears := new(dozingEars)
+	l, d := followedBy(t, func(f *follower) { ears.ears, f.listener = f.listener, ears })
+	before := l.calm(d)
+	ears.doze.Store(true)
+	l.ip("addr add 10.1.1.1/24 dev other0") // which changes nothing, but ends the wait
+	l.await("a look", func() bool { return d.counts.resyncs.Load() > before })
+}
+
 // Where no look is quiet what is in doubt is not looked for again and again.
 func TestFollowDoubtWhenDeaf(t *testing.T) {
-	l := newLab(t)
-	d := l.open(following1())
-	ears := &deafEars{ears: d.follower.listener}
-	d.follower.listener = ears
-	l.must(d.Activate())
-	l.event(d, EventResynced)
-	l.ns.OtherTun(t, "other0", "10.1.0.1/24")
+	ears := new(deafEars)
+	l, d := followedBy(t, func(f *follower) { ears.ears, f.listener = f.listener, ears })
 	l.ip("route add 10.9.0.0/16 via 10.42.0.9")
 	l.wantRoute(d, "10.9.0.1", "10.42.0.9")
 	l.calm(d)

@@ -79,7 +79,7 @@ func newSoak(t *testing.T) *soak {
 	t.Helper()
 	s := &soak{followOracle: newFollowOracle(t, 1), dice: rand.New(rand.NewPCG(*seed, 77))}
 	// Else TCP doubles its pauses and finds the link down, time after time, for minutes. Kernels before 6.15 know no such bound. With it
-	// TCP would give up after some sixteen seconds; a repair that failed may wait longer for the next.
+	// TCP would give up after fifteen tries (tcp_retries2), one a second; a repair that failed may wait longer for the next.
 	_, _ = s.ns.TryRun("sysctl -qw net.ipv4.tcp_rto_max_ms=1000")
 	s.ns.Run(s, "sysctl -qw net.ipv4.tcp_retries2=200")
 	s.bound = 5 * leeway * time.Second // beside traffic as fast as it goes

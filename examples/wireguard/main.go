@@ -9,8 +9,8 @@
 // Tunnel.go is the part to read and to copy: the adapter between the two; all but the tests can be copied. Daemon.go is the life
 // of an interface; file.go and settings.go are the file, and what it asks of each side. DNS and the commands of wg-quick (PostUp
 // and the like) are left to others, and told so. Routes go to Table, a number or main or off: main if it is not given, but a default
-// route only goes where Table says. Without MTU the interface's is
-// 1420, whatever the underlay's is, and each Endpoint's host must be found.
+// route only goes where Table says. Without MTU the interface's is 1420, whatever the underlay's is, and each Endpoint's host must be
+// found.
 package main
 
 import (

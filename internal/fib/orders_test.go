@@ -9,7 +9,8 @@ import (
 	"example.com/overlay/internal/kernel"
 )
 
-// orderStep is an announcement, or a dump that shows nothing and proves nothing, and what the kernel answers about the prefix afterwards, if it is asked; "": no route.
+// orderStep is an announcement, or a dump that shows nothing and proves nothing, and what the kernel answers about the prefix
+// afterwards, if it is asked; "": no route.
 type orderStep struct{ hear, answer string }
 
 // order feeds a Table with steps, as the watch would.
@@ -322,5 +323,31 @@ func TestMiscountedOnce(t *testing.T) {
 	table.DeleteNextHop(1)
 	if before != 100 || len(table.counted) != 0 || len(table.mixed) != 100 {
 		t.Errorf("strangers counted in %d chains before, %d after, multipaths shared in %d", before, len(table.counted), len(table.mixed))
+	}
+}
+
+// A question that is settled, or is about what has gone, is not put again.
+func TestQuestionsEnd(t *testing.T) {
+	const p = "192.0.2.0/24 via 10.0.0.2"
+	prefix := netip.MustParsePrefix("192.0.2.0/24")
+	for name, end := range map[string]func(*Table){
+		"settled, before anybody took it up": func(table *Table) {
+			got := parseRoute(t, strings.Fields(p))
+			table.Settle(prefix, prefix.Addr().Next(), &got)
+		},
+		"gone": func(table *Table) {
+			apply(t, table, "deleted "+p)
+			table.Doubts(false)
+		},
+	} {
+		table := New(Config{Link: ourLink})
+		apply(t, table, "created "+p)
+		table.Begin(false, true)
+		table.End(false, false)
+		before := table.Doubtful()
+		end(table)
+		if before != 1 || table.Doubtful() != 0 {
+			t.Errorf("%s: %d in doubt before, %d after", name, before, table.Doubtful())
+		}
 	}
 }

@@ -7,9 +7,10 @@ import (
 	"example.com/overlay/internal/kernel"
 )
 
-// Doubts returns the prefixes with routes that may be gone or stand elsewhere, or may be unknown, each once after something has changed
-// there; all: also those that were returned before and have such routes still, because another may have hidden them. Each is to be asked about: an
-// address of it (Probe) in a RTM_F_FIB_MATCH, the kernel's answer to Settle. What stays hidden stays doubtful until a quiet dump.
+// Doubts returns the prefixes with routes that may be gone, stand elsewhere or be unknown, each once after something has changed there;
+// all: also those that were returned before and still have such routes, because another may have hidden them. Each is to be asked
+// about: an address of it (Probe) in a RTM_F_FIB_MATCH, the kernel's answer to Settle. What stays hidden stays doubtful until a quiet
+// dump.
 func (t *Table) Doubts(all bool) []netip.Prefix {
 	seen := make(map[key]bool)
 	var prefixes []netip.Prefix
